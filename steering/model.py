@@ -1,0 +1,229 @@
+"""Frozen values that the whole project speaks in: policies, machines, lanes.
+
+Nothing here does I/O. Times are seconds since the epoch (float), sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+API_VERSION = "hairpin/v1"
+
+
+class Protocol(StrEnum):
+    """Layer 4 protocol of a service; ``ICMP`` is ICMP on IPv4 and ICMPv6 on IPv6."""
+
+    ANY = "any"
+    TCP = "tcp"
+    UDP = "udp"
+    SCTP = "sctp"
+    ICMP = "icmp"
+
+
+class Family(StrEnum):
+    IPV4 = "ipv4"
+    IPV6 = "ipv6"
+
+
+class Profile(StrEnum):
+    """What a lane does with hostile traffic: ``prevent`` drops it, ``detect`` only records it."""
+
+    PREVENT = "prevent"
+    DETECT = "detect"
+
+
+class OnFailure(StrEnum):
+    """What becomes of traffic while its lane can't inspect: ``open`` passes it, ``closed`` drops it."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PortRange:
+    """An inclusive range of layer 4 ports, 0 to 65535."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A protocol and, for tcp, udp and sctp, destination ports; no ports means every port."""
+
+    protocol: Protocol = Protocol.ANY
+    ports: tuple[PortRange, ...] = ()
+
+    def __str__(self) -> str:
+        ports = ",".join(str(port) for port in self.ports)
+        return f"{self.protocol}/{ports}" if ports else str(self.protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    profile: Profile
+    on_failure: OnFailure
+
+    def __str__(self) -> str:
+        return f"inspect ({self.profile}, {self.on_failure} on failure)"
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    reason: str
+
+    def __str__(self) -> str:
+        return f"direct ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"deny ({self.reason})" if self.reason else "deny"
+
+
+Action = Inspect | Direct | Deny
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One end of a policy: a zone by its name, or one VM by its name or vm-id. Exactly one is set."""
+
+    zone: str | None = None
+    vm: str | None = None
+
+    def __str__(self) -> str:
+        return f"zone {self.zone}" if self.zone is not None else f"vm {self.vm}"
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """A set of VMs: those that carry every tag of ``match_tags`` (at least one)."""
+
+    name: str
+    match_tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRecord:
+    """What the documents say of a VM: its name and tags, keyed by vm-id."""
+
+    vm_id: str
+    name: str
+    tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who talks to whom, and what is done with it. The higher priority (1 to 10000) wins.
+
+    A policy is about connections: ``sources`` open them, ``destinations`` answer, and the answers
+    belong to the connection.
+    """
+
+    name: str
+    priority: int
+    sources: tuple[Peer, ...]
+    destinations: tuple[Peer, ...]
+    services: tuple[Service, ...]
+    families: tuple[Family, ...]
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """Everything the operator declared: one revision of it is in force at a time."""
+
+    machines: tuple[MachineRecord, ...] = ()
+    zones: tuple[Zone, ...] = ()
+    policies: tuple[Policy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A VM's port as the switch shows it. ``tag`` is its access VLAN in the bridge, None for none."""
+
+    interface: str
+    ofport: int
+    mac: str
+    iface_id: str
+    vm_id: str
+    bridge: str
+    tag: int | None = None
+    link_up: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A VM that was found on the switch, with what the documents add to it.
+
+    ``name`` falls back to the vm-id where no document names it. ``zones`` are sorted.
+    """
+
+    vm_id: str
+    name: str
+    tags: Mapping[str, str]
+    zones: tuple[str, ...]
+    ports: tuple[Port, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One of a lane's two ports. ``interface`` is its OVS port, ``device`` its end in the service host.
+
+    ``ofport`` is 0 while the switch does not have the port.
+    """
+
+    interface: str
+    device: str
+    ofport: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Profile -> VLAN -> queues -> engine. Leg A takes requests, leg B answers.
+
+    ``queues`` are the NFQUEUE numbers of its engine.
+    """
+
+    number: int
+    profile: Profile
+    vlan: int
+    queues: tuple[int, ...]
+    leg_a: Leg
+    leg_b: Leg
+
+    @property
+    def name(self) -> str:
+        return str(self.profile)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A VM held an address from ``since`` until ``until`` (None: still), as ARP or ND showed."""
+
+    address: str
+    vm_id: str
+    since: float
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What was seen of the switch at one moment; the input of every decision about it.
+
+    ``lanes`` have their legs' ofports filled in; ``problems`` are things that no policy can mend
+    (two ports with one MAC, a missing leg), each a sentence.
+    """
+
+    ports: tuple[Port, ...] = ()
+    lanes: tuple[Lane, ...] = ()
+    problems: tuple[str, ...] = ()
