@@ -58,13 +58,15 @@ class ProblemFault(ApiDocument):
 class ProblemDocument(ApiDocument):
     """Why a request was refused or failed, and what to do next (RFC 9457)."""
 
-    type: str = Field("about:blank", description="`urn:hairpin:problem:...`, stable.")
+    type: str = Field(default="about:blank", description="`urn:hairpin:problem:...`, stable.")
     title: str
     status: int = Field(ge=400, le=599)
     detail: str = ""
-    instance: str = Field("", description="`urn:hairpin:request:` and the request's id.")
-    mend: str = Field("", description="What to do next; empty when there is nothing to do.")
-    errors: tuple[ProblemFault, ...] = Field((), description="All faults of the input at once.")
+    instance: str = Field(default="", description="`urn:hairpin:request:` and the request's id.")
+    mend: str = Field(default="", description="What to do next; empty when there is nothing to do.")
+    errors: tuple[ProblemFault, ...] = Field(
+        default=(), description="All faults of the input at once."
+    )
 
 
 # Health
@@ -93,7 +95,7 @@ class LaneHealth(ApiDocument):
     profile: Profile
     inspecting: bool = Field(description="The engine runs, its rules are loaded, BFD passes.")
     engine: Literal["starting", "running", "reloading", "failed", "stopped", "unknown"]
-    since: datetime | None = Field(None, description="In this state since.")
+    since: datetime | None = Field(default=None, description="In this state since.")
     rules_loaded: Count = 0
     bfd: Literal["up", "down", "unknown"] = "unknown"
     detail: str = ""
@@ -103,7 +105,7 @@ class ExporterHealth(ApiDocument):
     name: str
     status: HealthStatus
     detail: str = ""
-    pending: Count = Field(0, description="Alerts stored and not yet delivered.")
+    pending: Count = Field(default=0, description="Alerts stored and not yet delivered.")
     delivered: Count = 0
 
 
@@ -119,9 +121,9 @@ class Health(ApiDocument):
     """`ok`: all works. `degraded`: works, with `problems`. `failing`: does not do its task."""
 
     status: HealthStatus
-    name: str = Field("hairpin", description="The appliance's name, from its settings.")
+    name: str = Field(default="hairpin", description="The appliance's name, from its settings.")
     version: str
-    revision: Count = Field(0, description="Policy revision in force on the switch.")
+    revision: Count = Field(default=0, description="Policy revision in force on the switch.")
     started_at: datetime
     components: HealthComponents
     problems: tuple[HealthProblem, ...] = ()
@@ -147,7 +149,7 @@ class VmPort(ApiDocument):
     interface: str
     mac: str
     bridge: str
-    tag: int | None = Field(None, description="Access VLAN, null for none.")
+    tag: int | None = Field(default=None, description="Access VLAN, null for none.")
     ofport: int
     link_up: bool
 
@@ -176,8 +178,10 @@ class VmList(ApiDocument):
 class VmEdit(ApiDocument):
     """The name and tags of one VM, as its VirtualMachine document will say afterwards."""
 
-    name: str | None = Field(None, min_length=1, max_length=253, description="Null: unchanged.")
-    tags: dict[str, str] | None = Field(None, description="All tags; null: unchanged.")
+    name: str | None = Field(
+        default=None, min_length=1, max_length=253, description="Null: unchanged."
+    )
+    tags: dict[str, str] | None = Field(default=None, description="All tags; null: unchanged.")
 
 
 # Policies
@@ -253,7 +257,7 @@ class PairCoverage(ApiDocument):
     destination: VmName
     status: PairStatus
     parts: tuple[CoveragePart, ...] = ()
-    reason: str = Field("", description="Why it is not inspected, or not all of it.")
+    reason: str = Field(default="", description="Why it is not inspected, or not all of it.")
 
 
 class CoverageSummary(ApiDocument):
@@ -284,7 +288,7 @@ class Coverage(ApiDocument):
     summary: CoverageSummary
     gaps: tuple[CoverageGap, ...] = ()
     items: tuple[PairCoverage, ...] = ()
-    next: str | None = Field(None, description="Cursor of the next page, null on the last.")
+    next: str | None = Field(default=None, description="Cursor of the next page, null on the last.")
 
 
 class ExplainStep(ApiDocument):
@@ -332,7 +336,7 @@ class Explanation(ApiDocument):
 
 class RuleFailure(ApiDocument):
     sid: int | None = None
-    rule: str = Field("", description="Its text, shortened.")
+    rule: str = Field(default="", description="Its text, shortened.")
     reason: str
 
 
@@ -341,7 +345,9 @@ class RuleSourceState(ApiDocument):
     url: str | None = None
     rules: Count = 0
     updated_at: datetime | None = None
-    problem: str | None = Field(None, description="Why its last fetch failed, null if it did not.")
+    problem: str | None = Field(
+        default=None, description="Why its last fetch failed, null if it did not."
+    )
 
 
 class LaneRules(ApiDocument):
@@ -352,7 +358,7 @@ class LaneRules(ApiDocument):
     revision: str = Field(description="Digest of the rules; empty before the first load.")
     loaded: Count
     failed: Count
-    failures: tuple[RuleFailure, ...] = Field((), description="At most 200 of them.")
+    failures: tuple[RuleFailure, ...] = Field(default=(), description="At most 200 of them.")
     sources: tuple[RuleSourceState, ...] = ()
     updated_at: datetime | None = None
     last_good: bool = Field(
@@ -387,13 +393,15 @@ class UpdateJob(ApiDocument):
     """The last update of the rules, or the one that runs."""
 
     state: Literal["idle", "running", "succeeded", "failed"]
-    step: str = Field("", description="What it does now, or last did.")
+    step: str = Field(default="", description="What it does now, or last did.")
     started_at: datetime | None = None
     ended_at: datetime | None = None
-    changed: bool = Field(False, description="The rulesets in force are others than before.")
-    reason: str = Field("", description="Why it failed.")
+    changed: bool = Field(
+        default=False, description="The rulesets in force are others than before."
+    )
+    reason: str = Field(default="", description="Why it failed.")
     mend: str = ""
-    lanes: tuple[LaneRules, ...] = Field((), description="As it left them.")
+    lanes: tuple[LaneRules, ...] = Field(default=(), description="As it left them.")
 
 
 # Flows, alerts, events
@@ -419,7 +427,7 @@ class Flow(ApiDocument):
     protocol: str
     application: str = ""
     category: str = ""
-    packets_sent: Count = Field(0, description="By the source.")
+    packets_sent: Count = Field(default=0, description="By the source.")
     bytes_sent: Count = 0
     packets_received: Count = 0
     bytes_received: Count = 0
@@ -467,8 +475,10 @@ class Alert(ApiDocument):
     destination: Endpoint
     protocol: str
     application: str = ""
-    flow_id: str | None = Field(None, description="The engine's number of the flow, as text.")
-    payload: str = Field("", description="Excerpt, printable; other bytes as dots.")
+    flow_id: str | None = Field(
+        default=None, description="The engine's number of the flow, as text."
+    )
+    payload: str = Field(default="", description="Excerpt, printable; other bytes as dots.")
 
 
 class AlertDetail(Alert):

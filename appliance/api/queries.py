@@ -78,11 +78,11 @@ class Page(Query):
 
 
 class DryRun(Query):
-    dry_run: QueryFlag = Field(False, description="Plan only; change nothing.")
+    dry_run: QueryFlag = Field(default=False, description="Plan only; change nothing.")
 
 
 class CoverageQuery(Page):
-    vm: VmRef | None = Field(None, description="Only pairs in which this VM is either end.")
+    vm: VmRef | None = Field(default=None, description="Only pairs in which this VM is either end.")
     status: PairStatus | None = None
 
 
@@ -90,7 +90,9 @@ class ExplainQuery(Query):
     source: VmRef
     destination: VmRef
     protocol: Protocol = Protocol.TCP
-    port: QueryPort | None = Field(None, description="Destination port; for tcp, udp and sctp.")
+    port: QueryPort | None = Field(
+        default=None, description="Destination port; for tcp, udp and sctp."
+    )
     family: Family = Family.IPV4
 
 
@@ -105,9 +107,9 @@ class AlertFilter(Query):
 
     since: QueryTime | None = None
     until: QueryTime | None = None
-    vm: VmRef | None = Field(None, description="Either end.")
-    address: QueryAddress | None = Field(None, description="Either end.")
-    zone: Name | None = Field(None, description="Either end.")
+    vm: VmRef | None = Field(default=None, description="Either end.")
+    address: QueryAddress | None = Field(default=None, description="Either end.")
+    zone: Name | None = Field(default=None, description="Either end.")
     policy: Name | None = None
     lane: Profile | None = None
     verdict: Verdict | None = None
@@ -129,10 +131,10 @@ class AlertStreamQuery(AlertFilter):
 class FlowQuery(Page):
     since: QueryTime | None = None
     until: QueryTime | None = None
-    vm: VmRef | None = Field(None, description="Either end.")
-    address: QueryAddress | None = Field(None, description="Either end.")
+    vm: VmRef | None = Field(default=None, description="Either end.")
+    address: QueryAddress | None = Field(default=None, description="Either end.")
     application: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    port: QueryPort | None = Field(None, description="Destination port.")
+    port: QueryPort | None = Field(default=None, description="Destination port.")
     treatment: Treatment | None = None
 
 

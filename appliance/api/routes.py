@@ -1,0 +1,374 @@
+"""Every endpoint, declared once: what it takes, what it answers, which method of Control it calls.
+
+The server and the OpenAPI description are both made from `ROUTES`, so neither can say more than the
+other. A handler takes a checked `Call` and returns a `Reply`; it does no I/O of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from appliance.api.control import Control, IfMatch
+from appliance.api.documents import (
+    AlertDetail,
+    AlertPage,
+    ApiDocument,
+    Coverage,
+    EventPage,
+    Explanation,
+    FlowPage,
+    Health,
+    Live,
+    PlanReport,
+    PolicyDocuments,
+    RulePage,
+    RulesStatus,
+    UpdateJob,
+    VmEdit,
+    VmList,
+)
+from appliance.api.queries import (
+    AlertQuery,
+    AlertStreamQuery,
+    CoverageQuery,
+    DryRun,
+    EventQuery,
+    ExplainQuery,
+    FlowQuery,
+    NoQuery,
+    Query,
+    RuleQuery,
+)
+
+BASE = "/api/v1"
+JSON = "application/json"
+YAML = "application/yaml"
+EVENT_STREAM = "text/event-stream"
+EVERY_PROBLEM = (400, 500, 503)
+"""What any endpoint may answer beside its own: a request that is not HTTP, a failure, not now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request after all checks: its query model, path values and body model (or text)."""
+
+    query: Any
+    path: Mapping[str, str]
+    body: Any
+    if_match: IfMatch
+    if_none_match: IfMatch
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    status: int
+    document: ApiDocument | None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PathParameter:
+    """``pattern`` is matched against the whole segment; what does not match is not found (404)."""
+
+    name: str
+    pattern: str
+    description: str
+    schema: Mapping[str, Any]
+
+
+Handler = Callable[[Control, Call], Awaitable[Reply]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint. ``handler`` is None for the two that the server answers itself (the live
+    stream, the OpenAPI description); ``raw_body`` passes the text of the body on, checked by
+    nothing but its syntax, so that one parser reports all its faults."""
+
+    method: Literal["GET", "PUT", "POST"]
+    path: str
+    operation: str
+    summary: str
+    handler: Handler | None
+    responses: Mapping[int, type[ApiDocument] | None]
+    problems: tuple[int, ...] = ()
+    query: type[Query] = NoQuery
+    body: type[ApiDocument] | None = None
+    body_types: tuple[str, ...] = (JSON,)
+    raw_body: bool = False
+    needs_match: bool = False
+    path_parameter: PathParameter | None = None
+    public: bool = False
+    media_type: str = JSON
+    response_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+async def _live(control: Control, call: Call) -> Reply:
+    return Reply(200, Live())
+
+
+async def _health(control: Control, call: Call) -> Reply:
+    health = await control.read_health()
+    return Reply(503 if health.status == "failing" else 200, health)
+
+
+async def _vms(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_vms())
+
+
+async def _edit_vm(control: Control, call: Call) -> Reply:
+    return _plan_reply(
+        await control.edit_vm(
+            call.path["vmId"], call.body, call.if_match, dry_run=call.query.dry_run
+        )
+    )
+
+
+async def _policies(control: Control, call: Call) -> Reply:
+    present = await control.read_policies()
+    headers = {"ETag": f'"{present.etag}"', "Hairpin-Revision": str(present.revision)}
+    if call.if_none_match and ({"*", present.etag} & call.if_none_match):
+        return Reply(304, None, headers)
+    return Reply(200, present.documents, headers)
+
+
+async def _put_policies(control: Control, call: Call) -> Reply:
+    return _plan_reply(
+        await control.put_policies(call.body, call.if_match, dry_run=call.query.dry_run)
+    )
+
+
+def _plan_reply(report: PlanReport) -> Reply:
+    return Reply(
+        200, report, {"ETag": f'"{report.etag}"', "Hairpin-Revision": str(report.revision)}
+    )
+
+
+async def _coverage(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.read_coverage(call.query))
+
+
+async def _explain(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.explain(call.query))
+
+
+async def _rules(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.read_rules())
+
+
+async def _signatures(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_rules(call.query))
+
+
+async def _start_update(control: Control, call: Call) -> Reply:
+    return Reply(202, await control.start_rules_update(), {"Location": f"{BASE}/rules/update"})
+
+
+async def _update(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.read_rules_update())
+
+
+async def _alerts(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_alerts(call.query))
+
+
+async def _alert(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_alert(int(call.path["alertId"])))
+
+
+async def _flows(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_flows(call.query))
+
+
+async def _events(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_events(call.query))
+
+
+_VM_ID = PathParameter(
+    "vmId",
+    r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}",
+    "The vm-id, as libvirt writes it to the port's external_ids.",
+    {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,252}$"},
+)
+_ALERT_ID = PathParameter(
+    "alertId",
+    r"0|[1-9][0-9]{0,17}",
+    "An alert's id.",
+    {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+)
+_REVISION_HEADERS = {
+    "ETag": "Entity tag of the revision in force, in quotes.",
+    "Hairpin-Revision": "The number of the revision in force.",
+}
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        "GET",
+        f"{BASE}/live",
+        "readLive",
+        "Does the process answer? Needs no token and says nothing else.",
+        _live,
+        {200: Live},
+        public=True,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/openapi.json",
+        "readOpenapi",
+        "This description. Needs no token.",
+        None,
+        {200: None},
+        public=True,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/health",
+        "readHealth",
+        "The state of every part: 200 while ok or degraded, 503 (same document) while failing.",
+        _health,
+        {200: Health, 503: Health},
+    ),
+    Route("GET", f"{BASE}/vms", "findVms", "Every VM that was found.", _vms, {200: VmList}),
+    Route(
+        "PUT",
+        f"{BASE}/vms/{{vmId}}",
+        "editVm",
+        "Set the name and tags of one VM, as a new revision of the policies.",
+        _edit_vm,
+        {200: PlanReport},
+        (404, 412, 413, 415, 422, 428),
+        query=DryRun,
+        body=VmEdit,
+        needs_match=True,
+        path_parameter=_VM_ID,
+        response_headers=_REVISION_HEADERS,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/policies",
+        "readPolicies",
+        "The documents in force.",
+        _policies,
+        {200: PolicyDocuments, 304: None},
+        response_headers=_REVISION_HEADERS,
+    ),
+    Route(
+        "PUT",
+        f"{BASE}/policies",
+        "putPolicies",
+        "Replace all documents; with dry_run only plan it.",
+        _put_policies,
+        {200: PlanReport},
+        (412, 413, 415, 422, 428),
+        query=DryRun,
+        body=PolicyDocuments,
+        body_types=(JSON, YAML),
+        raw_body=True,
+        needs_match=True,
+        response_headers=_REVISION_HEADERS,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/coverage",
+        "readCoverage",
+        "Which pairs of VMs are inspected, direct, denied or blind.",
+        _coverage,
+        {200: Coverage},
+        (404,),
+        query=CoverageQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/explain",
+        "explain",
+        "Would a connection be inspected, by which policy, through which tables, and why.",
+        _explain,
+        {200: Explanation},
+        (404,),
+        query=ExplainQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/rules",
+        "readRules",
+        "The ruleset in force on each lane.",
+        _rules,
+        {200: RulesStatus},
+    ),
+    Route(
+        "GET",
+        f"{BASE}/rules/signatures",
+        "findRules",
+        "The rules in force, by sid, CVE or lane.",
+        _signatures,
+        {200: RulePage},
+        query=RuleQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/rules/update",
+        "readRulesUpdate",
+        "The update that runs, or the last one.",
+        _update,
+        {200: UpdateJob},
+    ),
+    Route(
+        "POST",
+        f"{BASE}/rules/update",
+        "startRulesUpdate",
+        "Fetch, test and load the rules, unless that runs already; watch it by GET.",
+        _start_update,
+        {202: UpdateJob},
+        response_headers={"Location": "Where its progress is read."},
+    ),
+    Route(
+        "GET",
+        f"{BASE}/alerts",
+        "findAlerts",
+        "Alerts, newest first.",
+        _alerts,
+        {200: AlertPage},
+        query=AlertQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/alerts/stream",
+        "streamAlerts",
+        "Alerts as they come (server-sent events); resumes after Last-Event-ID.",
+        None,
+        {200: None},
+        query=AlertStreamQuery,
+        media_type=EVENT_STREAM,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/alerts/{{alertId}}",
+        "readAlert",
+        "One alert with the engine's own event.",
+        _alert,
+        {200: AlertDetail},
+        (404,),
+        path_parameter=_ALERT_ID,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/flows",
+        "findFlows",
+        "Flow records, newest first, and how many were missed.",
+        _flows,
+        {200: FlowPage},
+        query=FlowQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/events",
+        "findEvents",
+        "What the appliance did and met, newest first.",
+        _events,
+        {200: EventPage},
+        query=EventQuery,
+    ),
+)
+"""In the order in which they are matched: `alerts/stream` before `alerts/{alertId}`."""
