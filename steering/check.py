@@ -1,0 +1,119 @@
+"""Invariants of a compiled program: what must hold of every one, whatever the policies. Pure.
+
+Run before each bundle; a violation is a bug of ours, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from steering.flows import Flow, Program
+from steering.model import Lane, OnFailure
+from steering.pipeline import (
+    COOKIE_PREFIX,
+    GROUP_MASK,
+    GROUP_PREFIX,
+    Table,
+    build_group_id,
+    build_steer_key,
+)
+
+_RESUBMIT = re.compile(r"resubmit\(,(\d+)\)")
+_OUTPUT = re.compile(r"output:(\d+)")
+_RANK = {table.number: rank for rank, table in enumerate(Table)}
+
+
+def check_program(program: Program, lanes: Sequence[Lane]) -> tuple[str, ...]:
+    """Every violated invariant as a sentence; empty when all hold."""
+    return (
+        *_check_order(program),
+        *_check_return(program, lanes),
+        *_check_lanes(program, lanes),
+        *_check_ownership(program),
+    )
+
+
+def _check_order(program: Program) -> Iterator[str]:
+    """Packets move forward through the tables only, so nothing loops (a guess may retry POLICY once)."""
+    for flow in program.flows:
+        here = _RANK[flow.table.number]
+        for number in map(int, _RESUBMIT.findall(flow.actions)):
+            if number not in _RANK:
+                yield f"resubmits to undeclared table {number}: {flow}"
+            elif _RANK[number] <= here and not (flow.table is Table.POLICY is _table(number)):
+                yield f"resubmits backwards: {flow}"
+
+
+def _table(number: int) -> Table:
+    return next(table for table in Table if table.number == number)
+
+
+def _check_return(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
+    """A frame from a leg is delivered or dropped: never steered again, never learned, never flooded."""
+    legs = {leg.ofport for lane in lanes for leg in (lane.leg_a, lane.leg_b) if leg.ofport > 0}
+    for flow in program.flows:
+        from_leg = _in_port(flow) in legs
+        if flow.table is Table.CLASSIFY and from_leg and flow.actions != "resubmit(,60)":
+            yield f"a frame from a leg goes elsewhere than to RETURN: {flow}"
+        if flow.table is Table.RETURN and flow.actions not in ("drop", "pop_vlan,resubmit(,70)"):
+            yield f"RETURN does more than deliver: {flow}"
+        if flow.table is Table.DELIVER:
+            outputs = {int(port) for port in _OUTPUT.findall(flow.actions)}
+            if outputs & legs or not (
+                flow.actions == "drop" or re.fullmatch(r"output:\d+", flow.actions)
+            ):
+                yield f"DELIVER does more than deliver: {flow}"
+        elif _OUTPUT.search(flow.actions):
+            yield f"outputs outside DELIVER: {flow}"
+    missing = legs - {
+        port
+        for flow in program.flows
+        if flow.table is Table.CLASSIFY
+        and flow.priority == 300
+        and (port := _in_port(flow)) is not None
+    }
+    for leg in sorted(missing):
+        yield f"leg {leg} is not told apart from a VM"
+
+
+def _in_port(flow: Flow) -> int | None:
+    found = re.search(r"in_port=(\d+)", flow.match)
+    return int(found.group(1)) if found else None
+
+
+def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
+    """Both directions take one lane with the legs swapped; closed groups have no way past the engine."""
+    groups = {group.group_id: group for group in program.groups}
+    for lane in lanes:
+        for on_failure in OnFailure:
+            for answer in (False, True):
+                group = groups.get(build_group_id(build_steer_key(lane, on_failure, answer=answer)))
+                leg = lane.leg_b if answer else lane.leg_a
+                if group is None:
+                    yield f"lane {lane.name} has no group for {on_failure}, answers {answer}"
+                    continue
+                into = [bucket for bucket in group.buckets if "output:" in bucket]
+                if leg.ofport > 0 and not (
+                    len(into) == 1
+                    and f"output:{leg.ofport}" in into[0]
+                    and f"watch_port:{leg.ofport}," in into[0]
+                    and f"set_field:{0x1000 | lane.vlan}->vlan_vid" in into[0]
+                ):
+                    yield f"group {group} does not lead into lane {lane.name} by leg {leg.interface}"
+                passes = len(group.buckets) - len(into)
+                if passes != (1 if on_failure is OnFailure.OPEN else 0):
+                    yield f"group {group} does not fail {on_failure}"
+
+
+def _check_ownership(program: Program) -> Iterator[str]:
+    seen = set()
+    for flow in program.flows:
+        if flow.cookie >> 48 != COOKIE_PREFIX:
+            yield f"carries a foreign cookie: {flow}"
+        if flow.key in seen:
+            yield f"stands twice: {flow}"
+        seen.add(flow.key)
+    for group in program.groups:
+        if group.group_id & GROUP_MASK != GROUP_PREFIX:
+            yield f"has a foreign id: {group}"

@@ -1,0 +1,182 @@
+"""Flows and groups as values, and the way OVS writes them.
+
+A `Match` prints its fields in OVS's own order, so that a compiled flow equals the line that
+`ovs-ofctl dump-flows` gives back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from steering.pipeline import Table
+
+# The order in which OVS prints match fields (lib/match.c of OVS 3.1 to 3.5 behaves the same).
+FIELD_ORDER = (
+    "conj_id",
+    "ct_state",
+    "(protocol)",
+    "reg0",
+    "reg1",
+    "reg2",
+    "reg6",
+    "in_port",
+    "dl_vlan",
+    "vlan_tci",
+    "dl_src",
+    "dl_dst",
+    "nw_src",
+    "ipv6_src",
+    "arp_spa",
+    "arp_sha",
+    "nw_frag",
+    "icmp_type",
+    "nd_target",
+    "nd_sll",
+    "nd_tll",
+    "tp_src",
+    "tp_dst",
+    "tcp_flags",
+)
+_RANK = {name: rank for rank, name in enumerate(FIELD_ORDER)}
+
+
+def render_number(value: int) -> str:
+    """A register's value as OVS prints it: hexadecimal, but a bare 0."""
+    return f"{value:#x}" if value else "0"
+
+
+def build_match(protocol: str = "", **fields: str | int) -> str:
+    """A match as OVS prints it, e.g. ``build_match("tcp", tp_dst=80, in_port=3)`` -> ``tcp,in_port=3,tp_dst=80``."""
+    parts = [(_RANK[name], f"{name}={value}") for name, value in fields.items()]
+    if protocol:
+        parts.append((_RANK["(protocol)"], protocol))
+    return ",".join(text for _, text in sorted(parts))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FlowKey:
+    """What makes a flow that flow; two flows with one key can't both be in the switch."""
+
+    table: int
+    priority: int
+    match: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One OpenFlow flow, its match and actions in OVS's own spelling."""
+
+    table: Table
+    priority: int
+    match: str
+    actions: str
+    cookie: int
+
+    @property
+    def key(self) -> FlowKey:
+        return FlowKey(self.table.number, self.priority, self.match)
+
+    def __str__(self) -> str:
+        match = f",{self.match}" if self.match else ""
+        return (
+            f"cookie={self.cookie:#x}, table={self.table.number}, "
+            f"priority={self.priority}{match} actions={self.actions}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One OpenFlow group; ``buckets`` in OVS's own spelling, without bucket ids."""
+
+    group_id: int
+    kind: str
+    buckets: tuple[str, ...]
+
+    def __str__(self) -> str:
+        buckets = "".join(f",bucket={bucket}" for bucket in self.buckets)
+        return f"group_id={self.group_id},type={self.kind}{buckets}"
+
+
+@dataclass(frozen=True, slots=True)
+class PresentFlow:
+    """A flow of ours as the switch gave it back; ``table`` is a number since it may be an old one."""
+
+    key: FlowKey
+    actions: str
+    cookie: int
+
+    def __str__(self) -> str:
+        match = f",{self.key.match}" if self.key.match else ""
+        return (
+            f"cookie={self.cookie:#x}, table={self.key.table}, "
+            f"priority={self.key.priority}{match} actions={self.actions}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """All flows and groups that Hairpin wants in the switch, or has in it."""
+
+    flows: tuple[Flow, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """All flows and groups with our cookies and ids that the switch has."""
+
+    flows: tuple[PresentFlow, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+
+def build_port_matches(first: int, last: int) -> tuple[str, ...]:
+    """A port range as the fewest value/mask pairs (`tp_dst` has no ranges in OpenFlow).
+
+    ``(80, 80)`` -> ``("80",)``; ``(8000, 8007)`` -> ``("0x1f40/0xfff8",)``.
+    """
+    pieces: list[str] = []
+    while first <= last:
+        # The largest aligned block that starts here and does not pass the end.
+        size = first & -first or 0x10000
+        while first + size - 1 > last:
+            size >>= 1
+        mask = 0xFFFF & ~(size - 1)
+        pieces.append(str(first) if size == 1 else f"{first:#x}/{mask:#x}")
+        first += size
+    return tuple(pieces)
+
+
+@dataclass(slots=True)
+class FlowBook:
+    """Collects flows; conjunction clauses with one key are merged, any other clash is a bug and raises."""
+
+    _flows: dict[FlowKey, Flow] = field(default_factory=dict)
+    _clauses: dict[FlowKey, list[str]] = field(default_factory=dict)
+
+    def add(self, table: Table, priority: int, match: str, actions: str, cookie: int) -> None:
+        flow = Flow(table, priority, match, actions, cookie)
+        if flow.key in self._flows and self._flows[flow.key] != flow:
+            raise AssertionError(f"two flows with one key: {self._flows[flow.key]} and {flow}")
+        self._flows[flow.key] = flow
+
+    def add_clause(self, table: Table, priority: int, match: str, clause: str, cookie: int) -> None:
+        key = FlowKey(table.number, priority, match)
+        clauses = self._clauses.setdefault(key, [])
+        if clause not in clauses:
+            clauses.append(clause)
+            clauses.sort(key=_clause_rank)
+        first = self._flows.get(key)
+        shared = cookie if first is None or first.cookie == cookie else min(first.cookie, cookie)
+        self._flows[key] = Flow(table, priority, match, ",".join(clauses), shared)
+
+    def flows(self) -> Iterable[Flow]:
+        return sorted(
+            self._flows.values(), key=lambda flow: (flow.key.table, -flow.priority, flow.match)
+        )
+
+
+def _clause_rank(clause: str) -> tuple[int, int]:
+    """OVS sorts nothing inside actions; a fixed order makes compiling the same thing twice the same."""
+    number, position = clause.removeprefix("conjunction(").removesuffix(")").split(",")
+    return int(number), int(position.split("/")[0])

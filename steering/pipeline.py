@@ -1,0 +1,143 @@
+"""The one declaration of tables, registers, priorities, cookies and group ids.
+
+`docs/pipeline.md` walks the tables in this order; a test holds the two together. To add a table: add
+a member with a free number, say what it decides and where its packets go, then describe it there.
+
+Register and action names are written the way OVS prints them (ovs-fields(7), ovs-actions(7)), so that
+what is compiled can be compared with what the switch reads back, letter by letter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from steering.model import Lane, OnFailure
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    number: int
+    decides: str
+
+
+class Table(Enum):
+    """Every table, in the order in which packets meet them."""
+
+    CLASSIFY = TableSpec(
+        0, "Who sent it: a leg, a VM's port (its network is noted), or another port."
+    )
+    GUARD = TableSpec(10, "Is the sender who it says it is: MAC, ARP, ND, no VLAN tag of its own.")
+    LEARN = TableSpec(15, "Which address does this ARP or ND packet claim for the sender's port.")
+    ENDPOINT = TableSpec(20, "Which VM is it for; what is for no VM in scope goes direct.")
+    CONNECTION = TableSpec(
+        30, "Who opened the connection that it belongs to (conntrack; never drops)."
+    )
+    POLICY = TableSpec(40, "Which policy names it: one conjunction per policy and direction.")
+    COMMIT = TableSpec(45, "Remember who opened a connection that has no SYN to tell (UDP, ICMP).")
+    STEER = TableSpec(50, "Which group: lane, leg and failure mode; or direct.")
+    RETURN = TableSpec(
+        60, "A frame from a leg: the lane's VLAN comes off; any other frame is dropped."
+    )
+    DELIVER = TableSpec(
+        70, "Out of the port of the VM that it is for; never learned, never flooded."
+    )
+    DIRECT = TableSpec(80, "As if Hairpin were not there: NORMAL.")
+    ADDRESSES = TableSpec(
+        90, "What LEARN noted; no packet passes here, the management service reads it."
+    )
+
+    @property
+    def number(self) -> int:
+        return self.value.number
+
+
+class Register(Enum):
+    """What each register carries between tables."""
+
+    NETWORK = "reg0"  # access VLAN of the sender's port in the bridge, 0 for none
+    DIRECTION = "reg1"  # bits of Direction
+    STEER = "reg2"  # steer key (see build_steer_key), 0: direct
+    DESTINATION = "reg6"  # ofport of the VM that the packet is for
+
+
+class Direction(IntEnum):
+    """Values of Register.DIRECTION. Policies match its two low bits."""
+
+    OPENER = 0x1  # from the side that opened the connection
+    ANSWER = 0x2  # from the other side
+    UNKNOWN = 0x3  # midstream: either; only what inspects or denies is matched, in both directions
+    GUESS = 0x5  # first packet without a SYN: the opener's, unless only an answer fits
+    GUESS_ANSWER = 0xA  # second try of a guess
+
+
+# One conntrack zone of our own; it is asked who opened a connection, nothing else.
+CT_ZONE = 18512
+
+# Cookies: 16 bits of ours, 8 bits of kind, 8 spare, 32 bits of number. Nothing else is ever touched.
+COOKIE_PREFIX = 0x4850
+COOKIE_MASK = 0xFFFF_0000_0000_0000
+
+# Groups have no cookie: ours are those whose id starts with these 16 bits.
+GROUP_PREFIX = 0x4850_0000
+GROUP_MASK = 0xFFFF_0000
+
+# Learned addresses: how many one port may claim, and how long a claim stands without being repeated.
+ADDRESS_LIMIT = 64
+ADDRESS_IDLE_SECONDS = 3600
+
+
+class CookieKind(IntEnum):
+    """What a flow is for; shown with its counters."""
+
+    BASE = 0  # the skeleton: number 0
+    PORT = 1  # number: ofport
+    SPOOF = 2  # a drop of the guard; number: ofport
+    POLICY = 3  # number: build_policy_number(name)
+    LANE = 4  # number: lane number
+    ADDRESS = 5  # learned; number: ofport
+    TAGGED = 6  # a drop of the guard: tagged frames of a VM; number: ofport
+
+
+def build_cookie(kind: CookieKind, number: int = 0) -> int:
+    return COOKIE_PREFIX << 48 | kind << 40 | number & 0xFFFF_FFFF
+
+
+def parse_cookie(cookie: int) -> tuple[CookieKind, int] | None:
+    """Kind and number of one of our cookies; None for a foreign one."""
+    if cookie >> 48 != COOKIE_PREFIX:
+        return None
+    try:
+        return CookieKind(cookie >> 40 & 0xFF), cookie & 0xFFFF_FFFF
+    except ValueError:
+        return None
+
+
+def build_policy_number(name: str) -> int:
+    """A number for a policy that depends on its name only, so that others' changes leave its flows alone.
+
+    31 bits, because the lowest bit of the conjunction id made from it tells the direction.
+    """
+    digest = hashlib.blake2s(name.encode(), digest_size=4).digest()
+    return max(int.from_bytes(digest, "big") >> 1, 1)
+
+
+def build_conjunction_id(policy_number: int, *, answer: bool) -> int:
+    return policy_number << 1 & 0xFFFF_FFFF | int(answer)
+
+
+def build_steer_key(lane: Lane, on_failure: OnFailure, *, answer: bool) -> int:
+    return lane.number << 4 | (0x2 if answer else 0) | (0x1 if on_failure is OnFailure.OPEN else 0)
+
+
+def build_group_id(steer_key: int) -> int:
+    return GROUP_PREFIX | steer_key
+
+
+# The one group that only delivers: what an open group falls back to. Its liveness is what makes the
+# second bucket of a fast-failover group live (OVS wants a watch on every bucket).
+DELIVER_GROUP = GROUP_PREFIX | 0xFFFF
+
+# Policies take the middle of POLICY's priorities: their own priority (1 to 10000) above this.
+POLICY_PRIORITY_BASE = 10_000

@@ -1,0 +1,377 @@
+"""Observe, compile, check, diff, apply, verify: one function for a policy, a port, a timer, a crash.
+
+The only user of `steering.switch`; the rest of the product asks the `Reconciler`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from steering.check import check_program
+from steering.compile import compile_program
+from steering.counters import Counters, build_counters
+from steering.decide import check_against_switch, resolve_machines
+from steering.diff import Bundle, build_bundle
+from steering.errors import SwitchError, WrongInput
+from steering.events import (
+    AddressSeen,
+    DriftMended,
+    LaneChanged,
+    PortsChanged,
+    SteeringEvent,
+    SwitchChanged,
+)
+from steering.flows import Program
+from steering.model import Lane, Machine, Observed, PolicySet
+from steering.switch.monitor import FlowMonitor
+from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
+from steering.switch.ovsdb import OvsdbMonitor, SwitchView
+from steering.tasks import cancel_all
+
+log = structlog.get_logger("reconcile")
+
+GROUP_CHECK_SECONDS = 1.0  # the flow monitor tells of flows at once, but not of groups
+FULL_CHECK_SECONDS = 5.0
+RETRY_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What applying would do: the program wanted, and the bundle that leads there."""
+
+    program: Program
+    bundle: Bundle
+    observed: Observed
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was done. ``seconds`` from the call to the verified read-back."""
+
+    bundle: Bundle
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchStatus:
+    """``reachable`` False: ``reason`` says why, since ``since``."""
+
+    reachable: bool
+    reason: str
+    since: float
+    fail_mode: str
+    ovs_version: str
+    datapath_type: str
+    problems: tuple[str, ...]
+
+
+class Reconciler:
+    """Keeps one bridge equal to what the policies in force mean for the VMs that are there.
+
+    Construct, `await start(policies)`, then `plan` and `apply`; `close` leaves the switch as it is,
+    so traffic goes on being steered without us.
+    """
+
+    def __init__(
+        self,
+        *,
+        ovsdb: str,
+        openflow: str,
+        bridge: str,
+        lanes: Sequence[Lane],
+        on_event: Callable[[SteeringEvent], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._switch = OpenFlowSwitch(openflow)
+        self._bridge = bridge
+        self._lanes = tuple(lanes)
+        self._on_event = on_event
+        self._clock = clock
+        self._policies = PolicySet()
+        self._settled: Program | None = None
+        self._view: SwitchView | None = None
+        self._lost: tuple[str, float] | None = ("not connected yet", clock())
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._first_view = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._forwarding: dict[str, bool] = {}
+        self._owners: dict[int, str] = {}
+        self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread)
+        self._monitor = FlowMonitor(openflow, self._take_address, self._wake.set)
+
+    # What is seen
+
+    @property
+    def policies(self) -> PolicySet:
+        """The policies in force."""
+        return self._policies
+
+    @property
+    def observed(self) -> Observed:
+        return self._view.observed if self._view is not None else Observed(lanes=self._lanes)
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        return self.observed.lanes
+
+    def machines(self, policies: PolicySet | None = None) -> tuple[Machine, ...]:
+        """The VMs on the bridge, named and tagged as ``policies`` (default: those in force) say."""
+        wanted = self._policies if policies is None else policies
+        return resolve_machines(wanted, self.observed.ports)
+
+    def is_forwarding(self, lane: Lane) -> bool:
+        """Whether BFD passes through the lane's engine, seen from both legs."""
+        return self._forwarding.get(lane.name, False)
+
+    @property
+    def status(self) -> SwitchStatus:
+        view, lost = self._view, self._lost
+        problems = view.observed.problems if view is not None else ()
+        if view is not None and view.bridge_found and view.fail_mode != "secure":
+            problems = (
+                *problems,
+                f"bridge {self._bridge} has fail_mode {view.fail_mode or 'standalone'}: a restarted "
+                f"switch would pass traffic uninspected; `ovs-vsctl set-fail-mode {self._bridge} secure`",
+            )
+        return SwitchStatus(
+            reachable=lost is None,
+            reason=lost[0] if lost else "",
+            since=lost[1] if lost else 0.0,
+            fail_mode=view.fail_mode if view else "",
+            ovs_version=view.ovs_version if view else "",
+            datapath_type=view.datapath_type if view else "",
+            problems=problems,
+        )
+
+    async def read_counters(self) -> Counters:
+        """Packets and bytes per policy, lane and drop reason. Raises SwitchError."""
+        flows, groups = await asyncio.gather(
+            self._switch.read_flow_counters(), self._switch.read_group_counters()
+        )
+        return build_counters(
+            [(item.flow.key, item.flow.cookie, item.packets, item.bytes) for item in flows],
+            [(item.group_id, item.buckets) for item in groups],
+            self._policies,
+            self.lanes,
+        )
+
+    # What is done
+
+    async def start(self, policies: PolicySet, *, wait_seconds: float = 5.0) -> None:
+        """Follow the switch and keep it to ``policies``. Returns once it was seen, or after the wait."""
+        self._loop = asyncio.get_running_loop()
+        self._policies = policies
+        self._ovsdb.start()
+        self._tasks = [
+            asyncio.create_task(self._monitor.run(), name="flow monitor"),
+            asyncio.create_task(self._keep(), name="reconcile"),
+        ]
+        try:
+            await asyncio.wait_for(self._first_view.wait(), wait_seconds)
+        except TimeoutError:
+            log.warning("the switch was not seen yet", seconds=wait_seconds)
+
+    async def close(self) -> None:
+        await cancel_all(self._tasks)
+        await asyncio.to_thread(self._ovsdb.close)
+
+    async def plan(self, policies: PolicySet) -> Plan:
+        """What applying ``policies`` would change. Raises WrongInput (faults), SwitchError."""
+        async with self._lock:
+            return await self._plan(policies)
+
+    async def apply(self, policies: PolicySet) -> Applied:
+        """Put ``policies`` in force: one bundle, then read back until equal.
+
+        Raises WrongInput or SwitchError; then what was in force before still is.
+        """
+        began = time.monotonic()
+        async with self._lock:
+            plan = await self._plan(policies)
+            if policies.policies:
+                self._check_may_steer()
+            former = self._policies
+            await self._send(plan)
+            left = await self._find_difference(plan.program)
+            if left:
+                await self._send(Plan(plan.program, left, plan.observed))
+                left = await self._find_difference(plan.program)
+            if left:
+                await self._restore(former)
+                raise SwitchError(
+                    f"the switch reads back other than it was told in {len(left.changes)} places, "
+                    f"first: {left.changes[0].kind} {left.changes[0].text}",
+                    "what was in force before was put back; check for another controller",
+                )
+            self._policies, self._settled = policies, plan.program
+            return Applied(plan.bundle, time.monotonic() - began)
+
+    # The inside
+
+    def _check_may_steer(self) -> None:
+        view = self._view
+        if view is not None and view.fail_mode != "secure":
+            raise SwitchError(
+                f"bridge {self._bridge} has fail_mode {view.fail_mode or 'standalone'}: a restarted "
+                "switch would pass traffic uninspected",
+                f"`ovs-vsctl set-fail-mode {self._bridge} secure`",
+            )
+
+    async def _restore(self, policies: PolicySet) -> None:
+        program = self._compile(policies, self.observed)
+        bundle = await self._find_difference(program)
+        await self._switch.send_bundle(bundle)
+
+    async def _plan(self, policies: PolicySet) -> Plan:
+        if self._view is None or not self._view.bridge_found:
+            raise SwitchError(
+                f"bridge {self._bridge} is not there: {self.status.reason or 'not found in OVSDB'}",
+                "check switch.ovsdb and switch.bridge in the settings, and that Open vSwitch runs",
+            )
+        observed = self.observed
+        faults = check_against_switch(policies, observed.ports, observed.lanes)
+        if faults:
+            raise WrongInput(faults)
+        program = self._compile(policies, observed)
+        return Plan(program, await self._find_difference(program), observed)
+
+    def _compile(self, policies: PolicySet, observed: Observed) -> Program:
+        machines = resolve_machines(policies, observed.ports)
+        program = compile_program(policies, machines, observed.lanes)
+        violated = check_program(program, observed.lanes)
+        if violated:
+            raise SwitchError(
+                f"the compiled flows break an invariant, nothing was sent: {'; '.join(violated[:5])}",
+                "this is a bug in Hairpin: please report it with your policies",
+            )
+        return program
+
+    async def _find_difference(self, program: Program) -> Bundle:
+        return build_bundle(program, await self._switch.read_present())
+
+    async def _send(self, plan: Plan) -> None:
+        await self._switch.send_bundle(plan.bundle)
+
+    def _take_view_from_thread(self, view: SwitchView | None) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._take_view, view)
+
+    def _take_view(self, view: SwitchView | None) -> None:
+        if view is None:
+            self._lose("the connection to OVSDB ended")
+            return
+        self._view = view
+        self._first_view.set()
+        legs = {leg.interface: leg.forwarding for leg in view.legs}
+        for lane in view.observed.lanes:
+            up = legs.get(lane.leg_a.interface, False) and legs.get(lane.leg_b.interface, False)
+            if self._forwarding.get(lane.name) != up:
+                self._forwarding[lane.name] = up
+                self._on_event(LaneChanged(self._clock(), lane.name, up))
+        self._wake.set()
+
+    def _lose(self, reason: str) -> None:
+        if self._lost is None:
+            self._lost = (reason, self._clock())
+            self._on_event(SwitchChanged(self._clock(), False, reason))
+        elif self._view is None:
+            self._lost = (reason, self._lost[1])
+
+    def _regain(self) -> None:
+        if self._lost is not None:
+            self._lost = None
+            self._on_event(SwitchChanged(self._clock(), True))
+
+    async def _take_address(self, learned: LearnedAddress) -> None:
+        owner = {port.ofport: port.vm_id for port in self.observed.ports}.get(learned.ofport)
+        if owner is not None:
+            at = self._clock() - learned.idle
+            self._on_event(AddressSeen(at, learned.address, owner))
+
+    async def _keep(self) -> None:
+        """Until cancelled: reconcile at every change, and look at groups and flows now and then."""
+        full_check_due = 0.0
+        while True:
+            woken = await self._wait(GROUP_CHECK_SECONDS)
+            self._wake.clear()
+            if self._view is None or not self._view.bridge_found:
+                if self._view is not None:
+                    self._lose(f"there is no bridge {self._bridge}")
+                continue
+            try:
+                full = woken or time.monotonic() >= full_check_due
+                async with self._lock:
+                    await self._reconcile(full=full)
+                if full:
+                    full_check_due = time.monotonic() + FULL_CHECK_SECONDS
+                self._regain()
+            except SwitchError as fault:
+                log.warning("not reconciled", reason=fault.reason, mend=fault.mend)
+                self._lose(fault.reason)
+                full_check_due = 0.0
+                await asyncio.sleep(RETRY_SECONDS)
+                self._wake.set()
+
+    async def _wait(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _reconcile(self, *, full: bool) -> None:
+        began = time.monotonic()
+        observed = self.observed
+        if not full and self._settled is not None:
+            present = await self._switch.read_groups()
+            if present == frozenset(self._settled.groups):
+                return
+        program = self._compile(self._policies, observed)
+        moved = self._find_moved_ports(observed)
+        for ofport in moved:
+            await self._switch.forget_addresses(ofport)
+        bundle = await self._find_difference(program)
+        drift = program == self._settled
+        if bundle:
+            await self._switch.send_bundle(bundle)
+            left = await self._find_difference(program)
+            if left:
+                self._wake.set()  # somebody changes the switch right now: once more
+        before, self._settled = self._settled, program
+        self._tell(observed, bundle, time.monotonic() - began, drift=drift and before is not None)
+
+    def _find_moved_ports(self, observed: Observed) -> tuple[int, ...]:
+        """Ofports that are gone or now another VM's: what was learned of them is void."""
+        owners = {port.ofport: port.vm_id for port in observed.ports}
+        return tuple(
+            ofport for ofport, owner in self._owners.items() if owners.get(ofport) != owner
+        )
+
+    def _tell(self, observed: Observed, bundle: Bundle, seconds: float, *, drift: bool) -> None:
+        owners = {port.ofport: port.vm_id for port in observed.ports}
+        former = set(self._owners.items())
+        now = set(owners.items())
+        appeared = sorted(p.interface for p in observed.ports if (p.ofport, p.vm_id) not in former)
+        vanished = sorted(vm_id for _, vm_id in former - now)
+        self._owners = owners
+        if appeared or vanished:
+            self._on_event(PortsChanged(self._clock(), tuple(appeared), tuple(vanished), seconds))
+        if drift and bundle:
+            log.warning("drift mended", changes=len(bundle.changes), seconds=round(seconds, 3))
+            self._on_event(
+                DriftMended(
+                    self._clock(),
+                    bundle.count("add"),
+                    bundle.count("modify"),
+                    bundle.count("delete"),
+                    seconds,
+                )
+            )

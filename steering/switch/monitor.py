@@ -1,0 +1,79 @@
+"""Flow monitor: the switch tells what changes in our tables, at once (ovs-ofctl(8), `monitor`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from steering.pipeline import COOKIE_PREFIX, Table
+from steering.switch.openflow import LearnedAddress, parse_learned
+
+log = structlog.get_logger("monitor")
+
+PREFIX = f"cookie={COOKIE_PREFIX << 48:#x}"[:-12]
+
+
+class FlowMonitor:
+    """Runs `ovs-ofctl monitor` for as long as the switch answers, and again when it comes back.
+
+    ``on_address`` gets each address as it is learned or changes hands; ``on_change`` is called when a
+    flow of ours came, went or changed, whoever did it; ``on_lost`` when the connection ended.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        on_address: Callable[[LearnedAddress], Awaitable[None]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._target = target
+        self._on_address = on_address
+        self._on_change = on_change
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            with contextlib.suppress(OSError):
+                await self._watch()
+            self._on_change()
+            await asyncio.sleep(0.2)
+
+    async def _watch(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="hairpin-monitor-") as directory:
+            process = await asyncio.create_subprocess_exec(
+                "ovs-ofctl",
+                "--no-names",
+                f"--unixctl={Path(directory) / 'ctl'}",
+                "monitor",
+                self._target,
+                f"watch:table={Table.ADDRESSES.number}",
+                "watch:!initial",
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            try:
+                # ovs-ofctl writes what it monitors to standard error.
+                assert process.stderr is not None  # noqa: S101 - asked for above
+                async for raw in process.stderr:
+                    await self._take(raw.decode(errors="replace"))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+    async def _take(self, line: str) -> None:
+        if " event=" not in line or PREFIX not in line:
+            return
+        if f"table={Table.ADDRESSES.number} " in line:
+            if " event=DELETED" not in line:
+                learned = parse_learned(line.strip())
+                if learned is not None:
+                    await self._on_address(learned)
+            return
+        self._on_change()

@@ -1,0 +1,188 @@
+"""The door to the bridge's OpenFlow tables: `ovs-ofctl` over a connection string.
+
+Dumps are taken apart by the `ovs` package's own parser; the texts of match and actions are kept as OVS
+wrote them, since compiled flows are written the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from ovs.flow.ofp import OFPFlow
+
+from steering.diff import Bundle
+from steering.errors import CommandFailed, SwitchError
+from steering.flows import FlowKey, Group, Present, PresentFlow
+from steering.pipeline import (
+    COOKIE_MASK,
+    COOKIE_PREFIX,
+    GROUP_MASK,
+    GROUP_PREFIX,
+    CookieKind,
+    Table,
+    build_cookie,
+    parse_cookie,
+)
+from steering.run import run_async
+
+VERSION = ("-O", "OpenFlow15", "--no-names")
+OURS = f"cookie={COOKIE_PREFIX << 48:#x}/{COOKIE_MASK:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowCounter:
+    """Packets and bytes that a flow of ours saw since it was installed."""
+
+    flow: PresentFlow
+    packets: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCounter:
+    """(packets, bytes) per bucket of a group, in the order of its buckets."""
+
+    group_id: int
+    buckets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedAddress:
+    """An address that a port claimed by ARP or ND; it did so last ``idle`` seconds ago."""
+
+    address: str
+    ofport: int
+    idle: float = 0.0
+
+
+def parse_flow_counter(line: str) -> FlowCounter:
+    """One line of dump-flows, with or without its statistics. Raises SwitchError when it is no flow."""
+    try:
+        parsed = OFPFlow(line)
+    except Exception as fault:  # the package raises its own ParseError, ValueError or KeyError
+        raise SwitchError(f"not a flow: {line!r}: {fault}") from fault
+    info, texts = parsed.info, {section.name: section.string for section in parsed.sections}
+    match = [part for part in texts["match"].split(",") if part]
+    rest = [part for part in match if not part.startswith("priority=")]
+    flow = PresentFlow(
+        FlowKey(info.get("table", 0), parsed.match.get("priority", 32768), ",".join(rest)),
+        texts["actions"],
+        info.get("cookie", 0),
+    )
+    return FlowCounter(flow, info.get("n_packets", 0), info.get("n_bytes", 0))
+
+
+def parse_learned(line: str) -> LearnedAddress | None:
+    """A flow of the ADDRESSES table, from dump-flows or a flow monitor's event."""
+    text = line.strip()
+    if text.startswith("event="):
+        text = text.split(" ", 1)[1]
+    try:
+        parsed = OFPFlow(f" {text}")
+        owner = parse_cookie(parsed.info.get("cookie", 0))
+        address = parsed.match.get("nw_src") or parsed.match.get("ipv6_src")
+        # The action carries the port that claimed the address last.
+        claimed = _CLAIM.search(parsed.orig)
+        if owner is None or owner[0] is not CookieKind.ADDRESS or not address or not claimed:
+            return None
+        return LearnedAddress(
+            str(ip_address(str(address).split("/")[0])),
+            int(claimed.group(1), 0),
+            float(parsed.info.get("idle_age", 0.0)),
+        )
+    except Exception:  # whatever the package raises: a hostile or torn line is no address
+        return None
+
+
+_CLAIM = re.compile(r"actions=(?:load|set_field):(0x[0-9a-f]+|\d+)")
+_BUCKET_ID = re.compile(r"bucket_id:\d+,")
+
+
+def parse_group(line: str) -> Group | None:
+    """One line of dump-groups; None for a line that is no group."""
+    text = line.strip()
+    if not text.startswith("group_id="):
+        return None
+    head, *buckets = _BUCKET_ID.sub("", text).split(",bucket=")
+    fields = dict(part.split("=", 1) for part in head.split(",") if "=" in part)
+    return Group(int(fields["group_id"]), fields["type"], tuple(buckets))
+
+
+_BUCKET_STATS = re.compile(r"bucket\d+:packet_count=(\d+),byte_count=(\d+)")
+
+
+def parse_group_counter(line: str) -> GroupCounter | None:
+    """One line of dump-group-stats; None for a line that is no group."""
+    found = re.search(r"group_id=(\d+)", line)
+    if found is None:
+        return None
+    buckets = tuple((int(packets), int(size)) for packets, size in _BUCKET_STATS.findall(line))
+    return GroupCounter(int(found.group(1)), buckets)
+
+
+def is_ours(group_id: int) -> bool:
+    return group_id & GROUP_MASK == GROUP_PREFIX
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFlowSwitch:
+    """One bridge's OpenFlow connection, e.g. ``unix:/run/openvswitch/br-int.mgmt``."""
+
+    target: str
+
+    async def _ofctl(self, *argv: str, stdin: str | None = None) -> str:
+        try:
+            done = await run_async(["ovs-ofctl", *VERSION, *argv], stdin=stdin, timeout=20)
+        except CommandFailed as fault:
+            raise SwitchError(
+                f"the bridge at {self.target} did not take a command: {fault.reason}",
+                "check that ovs-vswitchd runs and that this user may open the connection",
+            ) from fault
+        return done.stdout
+
+    async def _flow_lines(self, *argv: str) -> Iterator[str]:
+        text = await self._ofctl("dump-flows", *argv)
+        return (line for line in text.splitlines() if " actions=" in line)
+
+    async def read_present(self) -> Present:
+        """All flows (but learned addresses) and groups of ours. Raises SwitchError."""
+        lines = await self._flow_lines("--no-stats", self.target, OURS)
+        flows = [parse_flow_counter(line).flow for line in lines]
+        return Present(
+            tuple(flow for flow in flows if flow.key.table != Table.ADDRESSES.number),
+            tuple(await self.read_groups()),
+        )
+
+    async def read_groups(self) -> frozenset[Group]:
+        """All groups of ours. Raises SwitchError."""
+        text = await self._ofctl("dump-groups", self.target)
+        groups = [parse_group(line) for line in text.splitlines()]
+        return frozenset(g for g in groups if g is not None and is_ours(g.group_id))
+
+    async def read_flow_counters(self) -> tuple[FlowCounter, ...]:
+        return tuple(parse_flow_counter(line) for line in await self._flow_lines(self.target, OURS))
+
+    async def read_group_counters(self) -> tuple[GroupCounter, ...]:
+        text = await self._ofctl("dump-group-stats", self.target)
+        counters = [parse_group_counter(line) for line in text.splitlines()]
+        return tuple(c for c in counters if c is not None and is_ours(c.group_id))
+
+    async def read_learned(self) -> tuple[LearnedAddress, ...]:
+        lines = await self._flow_lines(self.target, f"table={Table.ADDRESSES.number},{OURS}")
+        found = [parse_learned(line) for line in lines]
+        return tuple(address for address in found if address is not None)
+
+    async def send_bundle(self, bundle: Bundle) -> None:
+        """Send all changes as one OpenFlow bundle: all of it takes effect, or nothing. Raises SwitchError."""
+        if bundle:
+            await self._ofctl("bundle", self.target, "-", stdin=bundle.text)
+
+    async def forget_addresses(self, ofport: int) -> None:
+        """Delete what was learned of a port that is gone, so that its number can be another VM's."""
+        cookie = f"{build_cookie(CookieKind.ADDRESS, ofport):#x}"
+        await self._ofctl(
+            "del-flows", self.target, f"table={Table.ADDRESSES.number},cookie={cookie}/-1"
+        )

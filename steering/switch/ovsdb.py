@@ -1,0 +1,243 @@
+"""The door to OVSDB: which ports there are, live (the `ovs` package's IDL, RFC 7047).
+
+libvirt writes ``external_ids`` `iface-id`, `attached-mac` and `vm-id` on each VM's interface. The IDL
+blocks, so it lives in a thread of its own and hands frozen values out.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ovs.db.error
+import ovs.db.idl
+import ovs.jsonrpc
+import ovs.poller
+import ovs.stream
+import structlog
+
+from steering.errors import SwitchError
+from steering.model import Lane, Leg, Observed, Port
+
+log = structlog.get_logger("ovsdb")
+
+COLUMNS = {
+    "Open_vSwitch": ["bridges", "ovs_version"],
+    "Bridge": ["name", "ports", "fail_mode", "datapath_type"],
+    "Port": ["name", "interfaces", "tag", "trunks", "vlan_mode"],
+    "Interface": [
+        "name",
+        "ofport",
+        "external_ids",
+        "mac_in_use",
+        "link_state",
+        "bfd_status",
+        "error",
+    ],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LegState:
+    """Whether BFD says that the path through the lane's engine is whole, as one leg sees it."""
+
+    interface: str
+    forwarding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchView:
+    """What OVSDB says at one moment. ``bridge_found`` is False while the bridge does not exist."""
+
+    observed: Observed
+    legs: tuple[LegState, ...]
+    bridge_found: bool
+    fail_mode: str
+    ovs_version: str
+    datapath_type: str
+
+
+def _first(value: Any, default: Any) -> Any:
+    """OVSDB's optional columns are lists of none or one."""
+    if isinstance(value, list):
+        return value[0] if value else default
+    return default if value is None else value
+
+
+def build_view(idl: Any, bridge_name: str, lanes: Sequence[Lane]) -> SwitchView:
+    """The IDL's replica as frozen values."""
+    version = next((_first(row.ovs_version, "") for row in _rows(idl, "Open_vSwitch")), "")
+    bridge = next((row for row in _rows(idl, "Bridge") if row.name == bridge_name), None)
+    if bridge is None:
+        problem = f"there is no bridge {bridge_name}"
+        return SwitchView(
+            Observed(lanes=tuple(lanes), problems=(problem,)), (), False, "", version, ""
+        )
+    ports: list[Port] = []
+    problems: list[str] = []
+    interfaces: dict[str, Any] = {}
+    wanted_legs = {leg.interface: lane for lane in lanes for leg in (lane.leg_a, lane.leg_b)}
+    lane_vlans = {lane.vlan: lane for lane in lanes}
+    for row in bridge.ports:
+        tag = _first(row.tag, None)
+        for interface in row.interfaces:
+            interfaces[interface.name] = interface
+            if interface.name in wanted_legs:
+                lane = wanted_legs[interface.name]
+                if tag != lane.vlan:
+                    problems.append(
+                        f"leg {interface.name} has tag {tag}, not {lane.vlan}: a flooded frame could "
+                        f"enter the lane; set it with `ovs-vsctl set port {row.name} tag={lane.vlan}`"
+                    )
+                continue
+            port = _build_port(interface, tag, bridge_name)
+            if tag in lane_vlans:
+                problems.append(
+                    f"port {interface.name} is in VLAN {tag}, which lane "
+                    f"{lane_vlans[tag].name} uses; give one of them another VLAN"
+                )
+            if port is not None:
+                ports.append(port)
+    filled = tuple(
+        replace(lane, leg_a=_fill(lane.leg_a, interfaces), leg_b=_fill(lane.leg_b, interfaces))
+        for lane in lanes
+    )
+    for lane in filled:
+        problems += [
+            f"lane {lane.name} has no leg {leg.interface} on bridge {bridge_name}"
+            for leg in (lane.leg_a, lane.leg_b)
+            if leg.ofport <= 0
+        ]
+    seen: dict[str, str] = {}
+    for port in ports:
+        if port.mac in seen:
+            problems.append(
+                f"ports {seen[port.mac]} and {port.interface} both have MAC {port.mac}: neither is steered"
+            )
+        seen[port.mac] = port.interface
+    legs = tuple(
+        LegState(name, _is_forwarding(interfaces.get(name))) for name in sorted(wanted_legs)
+    )
+    observed = Observed(tuple(sorted(ports, key=lambda p: p.interface)), filled, tuple(problems))
+    fail_mode = _first(bridge.fail_mode, "")
+    return SwitchView(observed, legs, True, fail_mode, version, bridge.datapath_type)
+
+
+def _rows(idl: Any, table: str) -> list[Any]:
+    return list(idl.tables[table].rows.values())
+
+
+def _build_port(interface: Any, tag: int | None, bridge: str) -> Port | None:
+    """A VM's port; None for a port that carries no vm-id and MAC (an uplink, an internal port)."""
+    ids = interface.external_ids
+    mac = str(ids.get("attached-mac", "")).lower()
+    vm_id = str(ids.get("vm-id", ""))[:128]
+    ofport = _first(interface.ofport, 0)
+    if not vm_id or not _is_unicast_mac(mac) or ofport <= 0:
+        return None
+    return Port(
+        interface=interface.name,
+        ofport=ofport,
+        mac=mac,
+        iface_id=str(ids.get("iface-id", ""))[:128],
+        vm_id=vm_id,
+        bridge=bridge,
+        tag=tag,
+        link_up=_first(interface.link_state, "") == "up",
+    )
+
+
+def _is_unicast_mac(mac: str) -> bool:
+    parts = mac.split(":")
+    hexadecimal = all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts)
+    return len(parts) == 6 and hexadecimal and not int(parts[0], 16) & 1
+
+
+def _fill(leg: Leg, interfaces: dict[str, Any]) -> Leg:
+    interface = interfaces.get(leg.interface)
+    return replace(leg, ofport=max(_first(interface.ofport, 0), 0) if interface is not None else 0)
+
+
+def _is_forwarding(interface: Any) -> bool:
+    return interface is not None and interface.bfd_status.get("forwarding") == "true"
+
+
+class OvsdbMonitor:
+    """Follows OVSDB in a thread; ``on_view`` is called from that thread at each change of the view."""
+
+    def __init__(
+        self,
+        remote: str,
+        bridge: str,
+        lanes: Sequence[Lane],
+        on_view: Callable[[SwitchView | None], None],
+    ) -> None:
+        self._remote = remote
+        self._bridge = bridge
+        self._lanes = tuple(lanes)
+        self._on_view = on_view
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ovsdb", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=3)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._follow(read_schema(self._remote))
+            except (OSError, SwitchError, ovs.db.error.Error) as fault:
+                log.warning("ovsdb lost", remote=self._remote, reason=str(fault))
+                self._on_view(None)
+                self._stop.wait(0.3)
+
+    def _follow(self, schema: Any) -> None:
+        """Until stopped or disconnected. A new IDL is cheap, and is free of a stale replica."""
+        helper = ovs.db.idl.SchemaHelper(schema_json=schema)
+        for table, columns in COLUMNS.items():
+            helper.register_columns(table, columns)
+        idl = ovs.db.idl.Idl(self._remote, helper, probe_interval=5000)
+        last: SwitchView | None = None
+        try:
+            while not self._stop.is_set():
+                idl.run()
+                if idl.has_ever_connected():
+                    # The IDL reconnects silently and says so nowhere in public.
+                    if not idl._session.is_connected():
+                        raise SwitchError("the connection to OVSDB ended")
+                    view = build_view(idl, self._bridge, self._lanes)
+                    if view != last:
+                        last = view
+                        self._on_view(view)
+                poller = ovs.poller.Poller()
+                idl.wait(poller)
+                poller.timer_wait(200)  # so that a stop is seen
+                poller.block()
+        finally:
+            idl.close()
+
+
+def read_schema(remote: str) -> Any:
+    """The schema of the database, asked of the server itself (RFC 7047, get_schema). Raises SwitchError."""
+    error, stream = ovs.stream.Stream.open_block(ovs.stream.Stream.open(remote), timeout=3000)
+    if error:
+        raise SwitchError(
+            f"OVSDB at {remote} can't be reached: {os.strerror(error)}",
+            "check that ovsdb-server runs and that this user may open the connection",
+        )
+    connection = ovs.jsonrpc.Connection(stream)
+    try:
+        request = ovs.jsonrpc.Message.create_request("get_schema", ["Open_vSwitch"])
+        error, reply = connection.transact_block(request)
+    finally:
+        connection.close()
+    if error or reply.result is None:
+        raise SwitchError(f"OVSDB at {remote} gave no schema", "check that it is an ovsdb-server")
+    return reply.result

@@ -1,0 +1,241 @@
+"""A small OpenFlow interpreter: runs one packet through a compiled program, with conntrack as a value.
+
+For property tests: it knows just the matches and actions that Hairpin compiles, and fails on any
+other. The lab tests do the same with the real switch and `ofproto/trace`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from steering.flows import Flow, Program
+from steering.pipeline import Table
+
+PROTOCOLS = {
+    "ip": (4, None), "tcp": (4, 6), "udp": (4, 17), "icmp": (4, 1), "sctp": (4, 132),
+    "ipv6": (6, None), "tcp6": (6, 6), "udp6": (6, 17), "icmp6": (6, 58), "sctp6": (6, 132),
+    "arp": ("arp", None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Frame:
+    """``ip`` is 4, 6, "arp" or None (another ethertype); ``vlan`` the outer tag, if any."""
+
+    in_port: int
+    dl_src: str
+    dl_dst: str
+    ip: int | str | None = 4
+    protocol: int = 6
+    tp_src: int = 0
+    tp_dst: int = 0
+    syn: bool = False
+    ack: bool = False
+    fragment: str = "no"  # no, first, later
+    vlan: int | None = None
+    extra: tuple[tuple[str, str], ...] = ()
+
+    def answer(self, in_port: int) -> Frame:
+        return replace(
+            self, in_port=in_port, dl_src=self.dl_dst, dl_dst=self.dl_src,
+            tp_src=self.tp_dst, tp_dst=self.tp_src, ack=True,
+        )  # fmt: skip
+
+
+@dataclass
+class Conntrack:
+    """Who opened which connection: a set of (in_port, dl_src, dl_dst, protocol, ports)."""
+
+    opened: set[tuple[Any, ...]] = field(default_factory=set)
+
+    @staticmethod
+    def key(frame: Frame) -> tuple[Any, ...]:
+        return (frame.ip, frame.protocol, frame.dl_src, frame.dl_dst, frame.tp_src, frame.tp_dst)
+
+    @staticmethod
+    def reverse(frame: Frame) -> tuple[Any, ...]:
+        return (frame.ip, frame.protocol, frame.dl_dst, frame.dl_src, frame.tp_dst, frame.tp_src)
+
+    def state(self, frame: Frame) -> set[str]:
+        if self.key(frame) in self.opened:
+            return {"trk", "est"}
+        if self.reverse(frame) in self.opened:
+            return {"trk", "est", "rpl"}
+        if frame.protocol not in (6, 17, 1, 58) or (
+            frame.protocol == 6 and frame.syn and frame.ack
+        ):
+            return {"trk", "inv"}
+        return {"trk", "new"}
+
+    def commit(self, frame: Frame) -> None:
+        if self.reverse(frame) not in self.opened:
+            self.opened.add(self.key(frame))
+
+
+@dataclass
+class Journey:
+    """Where one packet went. ``outputs`` are (port, vlan or None); ``normal`` if NORMAL took it."""
+
+    tables: list[str] = field(default_factory=list)
+    outputs: list[tuple[int, int | None]] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    normal: bool = False
+    learned: int = 0
+
+
+class Simulator:
+    """``dead`` are ofports whose BFD is down (fast failover skips buckets that watch them)."""
+
+    def __init__(
+        self,
+        program: Program,
+        conntrack: Conntrack | None = None,
+        dead: frozenset[int] = frozenset(),
+    ):
+        self.tables: dict[int, list[Flow]] = {}
+        for flow in program.flows:
+            self.tables.setdefault(flow.table.number, []).append(flow)
+        self.groups = {group.group_id: group for group in program.groups}
+        self.conntrack = conntrack or Conntrack()
+        self.dead = dead
+        self.names = {table.number: table.name for table in Table}
+
+    def send(self, frame: Frame) -> Journey:
+        journey = Journey()
+        self._enter(0, frame, {}, {"-"}, journey)
+        return journey
+
+    def _enter(
+        self, number: int, frame: Frame, registers: dict[str, int], ct: set[str], journey: Journey
+    ) -> None:
+        journey.tables.append(self.names[number])
+        assert len(journey.tables) < 64, f"a loop: {journey.tables}"
+        flow = self._find(number, frame, registers, ct)
+        if flow is not None:
+            self._do(number, flow.actions, frame, registers, ct, journey)
+
+    def _find(
+        self, number: int, frame: Frame, registers: dict[str, int], ct: set[str]
+    ) -> Flow | None:
+        by_priority: dict[int, list[Flow]] = {}
+        for flow in self.tables.get(number, ()):
+            by_priority.setdefault(flow.priority, []).append(flow)
+        for priority in sorted(by_priority, reverse=True):
+            clauses: dict[int, set[str]] = {}
+            for flow in by_priority[priority]:
+                if "conj_id=" in flow.match or not self._matches(flow.match, frame, registers, ct):
+                    continue
+                if not flow.actions.startswith("conjunction"):
+                    return flow
+                for conjunction, clause in re.findall(r"conjunction\((\d+),(\d/3)\)", flow.actions):
+                    clauses.setdefault(int(conjunction), set()).add(clause)
+            complete = {c for c, found in clauses.items() if found == {"1/3", "2/3", "3/3"}}
+            for flow in by_priority[priority]:
+                if flow.match in {f"conj_id={c}" for c in complete}:
+                    return flow
+        return None
+
+    def _matches(self, match: str, frame: Frame, registers: dict[str, int], ct: set[str]) -> bool:
+        extra = dict(frame.extra)
+        for part in filter(None, match.split(",")):
+            name, _, value = part.partition("=")
+            if name in PROTOCOLS:
+                ip, protocol = PROTOCOLS[name]
+                ok = frame.ip == ip and protocol in (None, frame.protocol)
+            elif name.startswith("reg"):
+                want, mask = self._masked(value, 0xFFFF_FFFF)
+                ok = registers.get(name, 0) & mask == want & mask
+            elif name == "in_port":
+                ok = frame.in_port == int(value)
+            elif name in ("dl_src", "dl_dst"):
+                ok = getattr(frame, name) == value
+            elif name == "dl_vlan":
+                ok = frame.vlan == int(value)
+            elif name == "vlan_tci":
+                ok = frame.vlan is not None
+            elif name in ("tp_src", "tp_dst"):
+                want, mask = self._masked(value, 0xFFFF)
+                port = 0 if frame.fragment == "later" else getattr(frame, name)
+                ok = port & mask == want & mask
+            elif name == "nw_frag":
+                ok = (frame.fragment == "no") == (value == "no")
+            elif name == "tcp_flags":
+                assert value == "+syn-ack", value
+                ok = frame.syn and not frame.ack
+            elif name == "ct_state":
+                ok = all(
+                    (flag in ct) == (sign == "+")
+                    for sign, flag in re.findall(r"([+-])(\w+)", value)
+                )
+            elif name in (
+                "arp_sha",
+                "arp_spa",
+                "icmp_type",
+                "nd_sll",
+                "nd_tll",
+                "ipv6_src",
+                "nd_target",
+            ):
+                ok = extra.get(name) == value
+            else:
+                raise AssertionError(f"the simulator does not know {part!r}")
+            if not ok:
+                return False
+        return True
+
+    @staticmethod
+    def _masked(value: str, full: int) -> tuple[int, int]:
+        want, _, mask = value.partition("/")
+        return int(want, 0), int(mask, 0) if mask else full
+
+    def _do(
+        self,
+        number: int,
+        actions: str,
+        frame: Frame,
+        registers: dict[str, int],
+        ct: set[str],
+        journey: Journey,
+    ) -> None:
+        for action in re.split(r",(?![^()]*\))", actions):
+            if action == "drop":
+                return
+            if action == "NORMAL":
+                journey.normal = True
+            elif action == "pop_vlan":
+                frame = replace(frame, vlan=None)
+            elif action.startswith("push_vlan"):
+                frame = replace(frame, vlan=0)
+            elif found := re.fullmatch(r"set_field:(\d+)->vlan_vid", action):
+                frame = replace(frame, vlan=int(found[1]) & 0xFFF)
+            elif found := re.fullmatch(r"set_field:(\w+)->(reg\d)", action):
+                registers = {**registers, found[2]: int(found[1], 0)}
+            elif found := re.fullmatch(r"resubmit\(,(\d+)\)", action):
+                self._enter(int(found[1]), frame, registers, ct, journey)
+            elif found := re.fullmatch(r"output:(\d+)", action):
+                journey.outputs.append((int(found[1]), frame.vlan))
+            elif found := re.fullmatch(r"group:(\d+)", action):
+                self._group(int(found[1]), frame, registers, ct, journey)
+            elif action.startswith("ct(commit"):
+                self.conntrack.commit(frame)
+            elif found := re.fullmatch(r"ct\(table=(\d+),zone=\d+\)", action):
+                # As the switch does: go on in the table with the connection's state.
+                self._enter(int(found[1]), frame, registers, self.conntrack.state(frame), journey)
+            elif action.startswith("learn("):
+                journey.learned += 1
+            else:
+                raise AssertionError(f"the simulator does not know {action!r} in table {number}")
+
+    def _group(
+        self, group_id: int, frame: Frame, registers: dict[str, int], ct: set[str], journey: Journey
+    ) -> None:
+        journey.groups.append(group_id)
+        for bucket in self.groups[group_id].buckets:
+            watch, _, actions = bucket.partition("actions=")
+            found = re.search(r"watch_port:(\d+)", watch)
+            if found and int(found[1]) in self.dead:
+                continue
+            self._do(-1, actions, frame, registers, ct, journey)
+            return
