@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from steering.decide import find_members
 from steering.flows import (
     FlowBook,
     Group,
@@ -13,6 +12,7 @@ from steering.flows import (
     build_port_matches,
     render_number,
 )
+from steering.membership import Membership, build_membership
 from steering.model import (
     Deny,
     Direct,
@@ -78,12 +78,13 @@ def set_register(register: str, value: int) -> str:
     return f"set_field:{render_number(value)}->{register}"
 
 
-def find_ports_in_scope(policies: PolicySet, machines: Sequence[Machine]) -> frozenset[int]:
+def find_ports_in_scope(
+    policies: PolicySet, machines: Sequence[Machine], membership: Membership
+) -> frozenset[int]:
     """The ofports of every VM that some policy names; only their packets meet more than GUARD."""
     members: set[str] = set()
     for policy in policies.policies:
-        members |= find_members(policies, machines, policy.sources)
-        members |= find_members(policies, machines, policy.destinations)
+        members |= membership.find_members((*policy.sources, *policy.destinations))
     return frozenset(
         port.ofport for machine in machines if machine.vm_id in members for port in machine.ports
     )
@@ -114,7 +115,9 @@ def compile_program(
     """
     book = FlowBook()
     ports = find_usable_ports(machines)
-    in_scope = find_ports_in_scope(policies, machines)
+    membership = build_membership(policies.zones, machines)
+    in_scope = find_ports_in_scope(policies, machines, membership)
+    owners = {port.ofport: machine.vm_id for machine in machines for port in machine.ports}
     scoped = tuple(port for port in ports if port.ofport in in_scope)
     _add_base(book)
     _add_legs(book, lanes)
@@ -127,7 +130,10 @@ def compile_program(
     if scoped:
         _add_connection(book)
     for policy in policies.policies:
-        _add_policy(book, policies, machines, lanes, policy, scoped)
+        openers = _find_ofports(scoped, owners, membership.find_members(policy.sources))
+        answerers = _find_ofports(scoped, owners, membership.find_members(policy.destinations))
+        if openers and answerers:
+            _add_policy(book, policy, openers, answerers, lanes)
     groups = tuple(_build_groups(lanes)) if lanes else ()
     _add_steer(book, lanes)
     return Program(tuple(book.flows()), groups)
@@ -275,13 +281,18 @@ def _add_connection(book: FlowBook) -> None:
     book.add(Table.POLICY, 0, "", go_to(Table.DIRECT), BASE)
 
 
+def _find_ofports(
+    ports: Sequence[Port], owners: Mapping[int, str], members: frozenset[str]
+) -> tuple[int, ...]:
+    return tuple(port.ofport for port in ports if owners[port.ofport] in members)
+
+
 def _add_policy(
     book: FlowBook,
-    policies: PolicySet,
-    machines: Sequence[Machine],
-    lanes: Sequence[Lane],
     policy: Policy,
-    ports: Sequence[Port],
+    openers: Sequence[int],
+    answerers: Sequence[int],
+    lanes: Sequence[Lane],
 ) -> None:
     """A policy as two conjunctions (ovs-fields(7)): what its opener sends, and what answers.
 
@@ -291,13 +302,6 @@ def _add_policy(
     number = build_policy_number(policy.name)
     cookie = build_cookie(CookieKind.POLICY, number)
     priority = POLICY_PRIORITY_BASE + policy.priority
-    owners = {port.ofport: m.vm_id for m in machines for port in m.ports}
-    sources = find_members(policies, machines, policy.sources)
-    destinations = find_members(policies, machines, policy.destinations)
-    openers = [port.ofport for port in ports if owners[port.ofport] in sources]
-    answerers = [port.ofport for port in ports if owners[port.ofport] in destinations]
-    if not openers or not answerers:
-        return
     for answer in (False, True):
         conjunction = build_conjunction_id(number, answer=answer)
         senders, receivers = (answerers, openers) if answer else (openers, answerers)
@@ -343,10 +347,11 @@ def _build_direction_match(policy: Policy, *, answer: bool) -> str:
     """What inspects also takes packets of unknown direction; what passes directly never does.
 
     A deny takes them as the opener's: rather a broken midstream connection than a denied one alive.
+    A guessed answer (bit 3, see Direction) is for what inspects only.
     """
     bit = 0x2 if answer else 0x1
     lenient = isinstance(policy.action, Inspect) or (isinstance(policy.action, Deny) and not answer)
-    return f"{bit:#x}/{bit:#x}" if lenient else f"{bit:#x}/0x3"
+    return f"{bit:#x}/{bit:#x}" if lenient else f"{bit:#x}/0xb"
 
 
 def _build_service_matches(policy: Policy, *, answer: bool) -> Iterator[str]:

@@ -69,7 +69,7 @@ class Direction(IntEnum):
     ANSWER = 0x2  # from the other side
     UNKNOWN = 0x3  # midstream: either; only what inspects or denies is matched, in both directions
     GUESS = 0x5  # first packet without a SYN: the opener's, unless only an answer fits
-    GUESS_ANSWER = 0xA  # second try of a guess
+    GUESS_ANSWER = 0xA  # second try of a guess; only what inspects may take it
 
 
 # One conntrack zone of our own; it is asked who opened a connection, nothing else.
