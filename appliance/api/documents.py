@@ -190,8 +190,8 @@ class VmEdit(ApiDocument):
 class PolicyItem(ApiDocument):
     """One document: a VirtualMachine, a Zone or a SteeringPolicy; `docs/policy.md` tells all."""
 
-    api_version: Literal["hairpin/v1"] = "hairpin/v1"
-    kind: str
+    api_version: Literal["hairpin/v1"]
+    kind: Literal["VirtualMachine", "Zone", "SteeringPolicy"]
     metadata: dict[str, JsonValue]
     spec: dict[str, JsonValue] = {}
 
@@ -199,9 +199,9 @@ class PolicyItem(ApiDocument):
 class PolicyDocuments(ApiDocument):
     """Everything the operator declared; what GET gives can be changed and PUT again."""
 
-    api_version: Literal["hairpin/v1"] = "hairpin/v1"
-    kind: Literal["List"] = "List"
-    items: tuple[PolicyItem, ...] = ()
+    api_version: Literal["hairpin/v1"]
+    kind: Literal["List"]
+    items: tuple[PolicyItem, ...]
 
 
 class PlanChange(ApiDocument):

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 description, made from the route table and the models.  Pure."""
+"""The OpenAPI 3.1 description, made from the route table and the models. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from appliance.api.documents import ApiDocument, ProblemDocument
+from appliance.api.documents import Alert, ApiDocument, ProblemDocument
 from appliance.api.problems import MEDIA_TYPE as PROBLEM
-from appliance.api.queries import Query
+from appliance.api.queries import ETAGS_PATTERN, EVENT_ID_PATTERN, Query
 from appliance.api.routes import EVENT_STREAM, EVERY_PROBLEM, YAML, Route
 
 _MEANINGS = {
@@ -33,7 +33,7 @@ _IF_MATCH = {
     "in": "header",
     "required": True,
     "description": "The ETag that the change is made against, or `*` for whatever is in force.",
-    "schema": {"type": "string", "pattern": r'^(\*|"[A-Za-z0-9._-]{1,128}")$'},
+    "schema": {"type": "string", "pattern": ETAGS_PATTERN},
 }
 _IF_NONE_MATCH = {**_IF_MATCH, "name": "If-None-Match", "required": False}
 _IF_NONE_MATCH["description"] = "The ETag that the client has already."
@@ -42,14 +42,15 @@ _LAST_EVENT_ID = {
     "in": "header",
     "required": False,
     "description": "The id of the last alert that was received.",
-    "schema": {"type": "string", "pattern": "^(0|[1-9][0-9]{0,17})$"},
+    "schema": {"type": "string", "pattern": EVENT_ID_PATTERN},
 }
 
 
 def build_openapi(routes: Sequence[Route], version: str) -> dict[str, Any]:
     """The description of ``routes`` as JSON values."""
     wanted: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {
-        (ProblemDocument, "serialization"): None
+        (ProblemDocument, "serialization"): None,
+        (Alert, "serialization"): None,
     }
     for route in routes:
         wanted[(route.query, "validation")] = None
@@ -96,7 +97,7 @@ def _render_operation(
 ) -> dict[str, Any]:
     def build_content(model: type[ApiDocument] | None) -> dict[str, Any]:
         if route.media_type == EVENT_STREAM:
-            return {EVENT_STREAM: {"schema": {"type": "string"}}}
+            return {EVENT_STREAM: {"schema": _render_event_schema(found)}}
         schema = {"type": "object"} if model is None else found[(model, "serialization")]
         return {route.media_type: {"schema": schema}}
 
@@ -131,6 +132,25 @@ def _render_operation(
         if YAML in route.body_types:
             operation["requestBody"]["description"] = "The same document as JSON or as YAML."
     return operation
+
+
+def _render_event_schema(found: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """One event of the stream; `data` is the text of a JSON document."""
+    documents = [found[(model, "serialization")] for model in (Alert, ProblemDocument)]
+    return {
+        "type": "object",
+        "description": "One event: `alert`, or `problem` as the last one before the end.",
+        "properties": {
+            "id": {"type": "string", "pattern": EVENT_ID_PATTERN},
+            "event": {"type": "string", "enum": ["alert", "problem"]},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"oneOf": documents},
+            },
+        },
+        "required": ["event", "data"],
+    }
 
 
 def _render_parameters(route: Route, query: Mapping[str, Any]) -> list[dict[str, Any]]:

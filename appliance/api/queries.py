@@ -47,6 +47,12 @@ def _check_address(value: str) -> str:
     return value
 
 
+ETAG_PATTERN = r'(W/)?"([!#-~]{0,256})"'
+ETAGS_PATTERN = rf"^(\*|{ETAG_PATTERN}( *, *{ETAG_PATTERN}){{0,15}})$"
+"""If-Match and If-None-Match (RFC 9110, 13.1): `*`, or one or more entity tags."""
+
+EVENT_ID_PATTERN = "^(0|[1-9][0-9]{0,17})$"
+
 _MAX_ID = 2**63 - 1
 
 QueryId = Annotated[int, Field(ge=0, le=_MAX_ID), BeforeValidator(_read_integer)]

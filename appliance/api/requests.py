@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from appliance.api.control import ANY, IfMatch
 from appliance.api.problems import Refused, find_faults
-from appliance.api.queries import Query
+from appliance.api.queries import ETAG_PATTERN, ETAGS_PATTERN, Query
 from appliance.api.routes import YAML, Call, Route
 from steering.errors import FieldError, WrongInput
 
-_ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e]{0,256})"', re.ASCII)
-_ETAG_LIST = re.compile(rf"\s*{_ETAG.pattern}\s*(,\s*{_ETAG.pattern}\s*){{0,15}}", re.ASCII)
+_ETAG = re.compile(ETAG_PATTERN, re.ASCII)
+_ETAGS = re.compile(ETAGS_PATTERN, re.ASCII)
 
 
 async def read_call(request: web.Request, route: Route) -> Call:
@@ -44,7 +44,7 @@ async def read_call(request: web.Request, route: Route) -> Call:
         path=path,
         body=body,
         if_match=if_match,
-        if_none_match=parse_etags(none_match, weak=True) if none_match else frozenset(),
+        if_none_match=parse_etags(none_match, weak=True) if none_match is not None else frozenset(),
     )
 
 
@@ -60,22 +60,20 @@ def check_path(given: Mapping[str, str], route: Route) -> Mapping[str, str]:
 def parse_query(model: type[Query], given: MultiMapping[str]) -> Query:
     """The query string as its model. Raises WrongInput: unknown, repeated or wrong parameters."""
     repeated = sorted({name for name in given if len(given.getall(name)) > 1})
+    known = f"the parameters of this endpoint are: {', '.join(model.model_fields) or 'none'}"
     if repeated:
-        raise WrongInput([FieldError(name, "given more than once") for name in repeated])
+        raise WrongInput([FieldError(name, "given more than once") for name in repeated], known)
     try:
         return model.model_validate_strings(dict(given))
     except ValidationError as fault:
-        known = ", ".join(model.model_fields) or "none"
-        raise WrongInput(
-            find_faults(fault), f"the parameters of this endpoint are: {known}"
-        ) from None
+        raise WrongInput(find_faults(fault), known) from None
 
 
 def parse_etags(header: str, *, weak: bool) -> IfMatch:
     """The tags of If-Match or If-None-Match (RFC 9110, 13.1); weak ones never match If-Match."""
-    if header.strip() == "*":
+    if header == "*":
         return ANY
-    if not _ETAG_LIST.fullmatch(header):
+    if not _ETAGS.fullmatch(header):
         raise Refused(
             400, "If-Match or If-None-Match holds no entity tag", 'write it in quotes: "7-1c0ffee"'
         )

@@ -38,6 +38,7 @@ from steering.errors import HairpinError
 
 log = structlog.get_logger("api")
 
+_ID = web.RequestKey("id", str)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 _RETRY_SECONDS = "5"
 _STOP_SECONDS = 5.0
@@ -118,7 +119,7 @@ async def _continue(request: web.Request) -> None:
 async def _set_headers(request: web.Request, response: web.StreamResponse) -> None:
     for name, value in _BASE_HEADERS.items():
         response.headers.setdefault(name, value)
-    response.headers["X-Request-Id"] = request.get("id", "")
+    response.headers["X-Request-Id"] = request.get(_ID, "")
     response.headers["Server"] = "hairpin"
 
 
@@ -128,7 +129,7 @@ async def _handle(
     """Identify, authenticate, answer, turn failures into problems, write the access log."""
     given = request.headers.get("X-Request-Id", "")
     request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex[:16]
-    request["id"] = request_id
+    request[_ID] = request_id
     started = time.monotonic()
     status = 499  # what nginx logs for a client that went away before it was answered
     with structlog.contextvars.bound_contextvars(request=request_id):

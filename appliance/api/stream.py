@@ -18,12 +18,12 @@ from aiohttp import web
 from appliance.api.control import Control, Unavailable
 from appliance.api.documents import Alert
 from appliance.api.problems import Refused, build_error_problem
-from appliance.api.queries import AlertFilter, AlertStreamQuery
+from appliance.api.queries import EVENT_ID_PATTERN, AlertFilter, AlertStreamQuery
 from steering.errors import HairpinError
 
 log = structlog.get_logger("api")
 
-_EVENT_ID = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
+_EVENT_ID = re.compile(EVENT_ID_PATTERN, re.ASCII)
 _BATCH = 100
 
 
@@ -134,7 +134,7 @@ class Streams:
 
 def parse_event_id(header: str | None, after: int | None) -> int | None:
     """Where to resume: the header that clients send by themselves goes before the query."""
-    if header is None or header == "":
+    if header is None:
         return after
     if not _EVENT_ID.fullmatch(header):
         raise Refused(400, "Last-Event-ID is not the id of an alert", "leave it out to start now")

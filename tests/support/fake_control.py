@@ -110,7 +110,7 @@ class FakeControl:
         self.alerts = [build_alert(number) for number in range(1, alerts + 1)]
         self.more = asyncio.Event()
         self.revision = 1
-        self.documents = PolicyDocuments()
+        self.documents = PolicyDocuments(api_version="hairpin/v1", kind="List", items=())
         self.job = UpdateJob(state="idle")
         self.job_reads_left = 0
 
