@@ -71,12 +71,16 @@ def find_problems(state: LabState) -> list[str]:
 
 
 @contextlib.contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP the exception that Ctrl-C is; possible in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _interrupted_once() -> Iterator[list[str]]:
+    """Make SIGTERM and SIGHUP the exception that Ctrl-C is; possible in the main thread only.
 
+    It is raised once: a second signal, of an impatient hand, must not break off the clean-up. Gives
+    the name of the signal that came, in a list.
+    """
+    came: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
     owner = os.getpid()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
@@ -84,14 +88,16 @@ def _interrupted_once() -> Iterator[None]:
         # there, the exception would run the clean-up of the lab that is being made.
         if os.getpid() != owner:
             os._exit(0)
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        if not came:
+            came.append(signal.Signals(number).name)
+            raise KeyboardInterrupt(came[0])
 
     before = {
         number: signal.signal(number, interrupt)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -189,7 +195,7 @@ def bring_up(
     )
     if os.geteuid() != 0:
         raise HairpinError("a lab needs root", "run it with sudo")
-    with _interrupted_once(), hold_lock(name):
+    with _interrupted_once() as came, hold_lock(name):
         remnants = _read_remnants(name)
         if remnants is not None:
             if remnants.phase == READY and not find_problems(remnants):
@@ -199,12 +205,23 @@ def bring_up(
             progress("taking down what is left of an earlier lab")
         _take_down(name, remnants)
         try:
-            return _make(state, progress)
+            state = _make(state, progress)
+            if came:  # the exception was lost on its way, in some library's callback
+                raise KeyboardInterrupt(came[0])
+            return state
         except BaseException:
-            with _undisturbed():
-                progress("taking down what was made so far")
-                _take_down(name, _read_remnants(name))
+            try:
+                _undo(name, progress)
+            except KeyboardInterrupt:
+                # The one interruption came just now.
+                _undo(name, progress)
             raise
+
+
+def _undo(name: str, progress: Progress) -> None:
+    with _undisturbed():
+        progress("taking down what was made so far")
+        _take_down(name, _read_remnants(name))
 
 
 def _down_command(name: str) -> str:
