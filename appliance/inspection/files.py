@@ -1,0 +1,148 @@
+"""The door to a lane's directory: who owns what, and logs that never grow without bound."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import pwd
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from steering.errors import HairpinError
+
+MANAGEMENT_GROUP = "hairpin"
+"""Group of the management service: reads EVE files, speaks to the command sockets."""
+LOG_LIMIT = 4 * 2**20
+EVE_KEPT = 4
+"""Rotated EVE files that are kept; a reader that is this far behind has lost events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who a lane's directory belongs to: the engine's user, the management service's group."""
+
+    uid: int
+    gid: int
+
+
+def find_owner(user: str) -> Owner:
+    """Raises HairpinError when the engine's user or the management group does not exist."""
+    try:
+        uid = pwd.getpwnam(user).pw_uid
+    except KeyError as fault:
+        raise HairpinError(
+            f"there is no user `{user}` for the engines",
+            f"useradd --system --no-create-home --shell /usr/sbin/nologin {user}",
+        ) from fault
+    try:
+        return Owner(uid, grp.getgrnam(MANAGEMENT_GROUP).gr_gid)
+    except KeyError as fault:
+        raise HairpinError(
+            f"there is no group `{MANAGEMENT_GROUP}`", f"groupadd --system {MANAGEMENT_GROUP}"
+        ) from fault
+
+
+def write_lane_directory(directory: Path, owner: Owner) -> None:
+    """Make a lane's directory: the engine writes, the management group reads, nobody else looks in.
+
+    Set-group-id, so that every file and socket the engine makes belongs to the group. Raises OSError.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    directory.mkdir(exist_ok=True, mode=0o750)
+    _write_owner(directory, owner, 0o2750)
+    scratch = directory / "test"
+    scratch.mkdir(exist_ok=True)
+    _write_owner(scratch, owner, 0o2750)
+
+
+def _write_owner(directory: Path, owner: Owner, mode: int) -> None:
+    # By descriptor: the engine's user owns the parent and could swap a name for a link.
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchown(descriptor, owner.uid, owner.gid)
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
+def read_fingerprint(path: Path) -> tuple[int, int, int, int] | None:
+    """What tells one version of a file from another without reading it; None when there is none."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return None
+    if not stat.S_ISREG(seen.st_mode) or seen.st_size == 0:
+        return None
+    return (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+def rotate_eve(eve: Path, limit: int) -> bool:
+    """Rename an EVE file that reached `limit` bytes and drop the oldest; True when it was renamed.
+
+    The engine keeps writing to the renamed file until it is told to reopen, so nothing is lost.
+    Names sort by age: eve.json.NANOSECONDS.
+    """
+    try:
+        if eve.lstat().st_size < limit:
+            return False
+        os.rename(eve, eve.with_name(f"{eve.name}.{time.time_ns()}"))
+    except FileNotFoundError:
+        return False
+    for old in find_rotated(eve)[:-EVE_KEPT]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return True
+
+
+def find_rotated(eve: Path) -> tuple[Path, ...]:
+    """The rotated EVE files of a lane, oldest first."""
+    return tuple(
+        sorted(
+            (path for path in eve.parent.glob(f"{eve.name}.*") if path.suffix[1:].isdigit()),
+            key=lambda path: int(path.suffix[1:]),
+        )
+    )
+
+
+def trim_log(log_file: Path, limit: int = LOG_LIMIT) -> None:
+    """Keep an engine's log below `limit` bytes: its content moves to NAME.1 and it starts afresh.
+
+    The engine appends through a descriptor of its own, so the file is emptied, not replaced.
+    """
+    try:
+        descriptor = os.open(log_file, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return
+    with os.fdopen(descriptor, "r+b") as stream:
+        if os.fstat(stream.fileno()).st_size <= limit:
+            return
+        kept = log_file.with_name(f"{log_file.name}.1")
+        with contextlib.suppress(OSError):
+            kept.unlink()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with os.fdopen(os.open(kept, flags, 0o640), "wb") as copy:
+            shutil.copyfileobj(stream, copy)
+        stream.truncate(0)
+
+
+def read_size(path: Path) -> int:
+    """In bytes; 0 when there is no such file."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def read_log(log_file: Path, start: int, size: int = 65536) -> str:
+    """What an engine logged from byte `start` on, at most its first `size` bytes, as text."""
+    try:
+        with log_file.open("rb") as stream:
+            # Trimmed since: what is there now is all there is.
+            stream.seek(start if start <= os.fstat(stream.fileno()).st_size else 0)
+            return stream.read(size).decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,220 @@
+"""`hairpin inspect`: the service host's part. Rules, bridges, one supervised engine per lane.
+
+Order matters: queue rules stand before any bridge does, so that there is no moment in which a lane
+forwards what nobody inspects. Ended in order (SIGTERM, SIGINT) it stops the engines and leaves rules
+and bridges, so the lanes are closed; killed, it leaves engines that inspect, and adopts them later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from appliance.inspection import bridge, engine, files
+from appliance.inspection.faults import FaultBook
+from appliance.inspection.netfilter import (
+    Netfilter,
+    QueueCounters,
+    find_dialect,
+    read_queue_counters,
+)
+from appliance.inspection.publish import InspectionState, write_inspection_state
+from appliance.inspection.queueing import check_queues
+from appliance.inspection.supervisor import LaneSupervisor
+from appliance.settings import Settings
+from steering.errors import HairpinError, WrongInput
+
+log = structlog.get_logger("inspection")
+
+NETWORK_PERIOD = 2.0
+"""Seconds between two looks at rules and bridges."""
+PUBLISH_PERIOD = 1.0
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Be the only supervisor of this run directory. Raises HairpinError when there is another."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    # Close-on-exec (PEP 446): an engine that outlives us must not keep the lock.
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as fault:
+            raise HairpinError(
+                f"another `hairpin inspect` holds {path}", "stop it first, or use another runDir"
+            ) from fault
+        yield
+
+
+class Inspection:
+    """Everything that `hairpin inspect` keeps right at once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        facts: engine.EngineFacts,
+        netfilter: Netfilter,
+        owner: files.Owner,
+    ) -> None:
+        self.settings = settings
+        self.lanes = settings.build_lanes()
+        self.netfilter = netfilter
+        self.faults = FaultBook()
+        self._changed = asyncio.Event()
+        self.supervisors = tuple(
+            LaneSupervisor(settings, lane, facts, owner, self._changed.set) for lane in self.lanes
+        )
+
+    async def write_network(self) -> None:
+        """Rules first, then bridges. Raises HairpinError."""
+        await self.netfilter.apply()
+        self._take_reports(await asyncio.to_thread(bridge.write_bridges, self.lanes), first=True)
+
+    async def keep_network(self) -> None:
+        """Mend what somebody changed in rules or bridges, for ever."""
+        while True:
+            await asyncio.sleep(NETWORK_PERIOD)
+            try:
+                if faults := await self.netfilter.find_faults():
+                    log.warning("queue rules were changed", faults=faults)
+                    await self.netfilter.apply()
+                    self.faults.note_mended(
+                        "rules",
+                        f"the queue rules had been changed: {'; '.join(faults)[:600]}",
+                        "written again; look for another program that changes this host's firewall",
+                        time.time(),
+                    )
+                reports = await asyncio.to_thread(bridge.write_bridges, self.lanes)
+            except HairpinError as fault:
+                log.error("network not right", reason=fault.reason, mend=fault.mend)
+                self.faults.note("network", fault.reason, fault.mend, time.time())
+            else:
+                self.faults.mend("network", time.time())
+                self._take_reports(reports, first=False)
+
+    def _take_reports(self, reports: tuple[bridge.BridgeReport, ...], *, first: bool) -> None:
+        now = time.time()
+        for supervisor, report in zip(self.supervisors, reports, strict=True):
+            faults = supervisor.faults
+            if report.missing:
+                faults.note(
+                    "devices",
+                    f"no device {' and '.join(report.missing)} in the service host",
+                    "attach it, or correct the lane's legs in the settings",
+                    now,
+                )
+            else:
+                faults.mend("devices", now)
+            if len(set(report.mtus)) > 1:
+                faults.note(
+                    "mtu",
+                    f"the legs differ in MTU ({' and '.join(map(str, report.mtus))})",
+                    "give both the same MTU; frames between the two sizes are lost",
+                    now,
+                )
+            else:
+                faults.mend("mtu", now)
+            if report.changes and not first:
+                faults.note_mended(
+                    "bridge", f"the bridge had been changed: {'; '.join(report.changes)}", "", now
+                )
+        self._changed.set()
+
+    def build_state(self, now: float, counters: tuple[QueueCounters, ...]) -> InspectionState:
+        by_number = {seen.number: seen for seen in counters}
+        return InspectionState(
+            updated=now,
+            pid=os.getpid(),
+            dialect=str(self.netfilter.dialect),
+            lanes=tuple(supervisor.build_state(now, by_number) for supervisor in self.supervisors),
+            faults=self.faults.build(now),
+        )
+
+    def publish(self) -> None:
+        state = self.build_state(time.time(), read_queue_counters())
+        write_inspection_state(self.settings.inspection_state, state)
+
+    async def keep_published(self) -> None:
+        """Publish at every change, and at least once a second."""
+        while True:
+            self._changed.clear()
+            try:
+                self.publish()
+            except OSError as fault:
+                log.error("state not published", reason=str(fault))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), PUBLISH_PERIOD)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Until `stopping`; then the engines are ended in order. An error of ours leaves them."""
+        await self.write_network()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self.keep_network()),
+                    group.create_task(self.keep_published()),
+                    *(
+                        group.create_task(supervisor.run(read_queue_counters))
+                        for supervisor in self.supervisors
+                    ),
+                ]
+                await stopping.wait()
+                for task in tasks:
+                    task.cancel()
+        except BaseException:
+            for supervisor in self.supervisors:
+                supervisor.leave()
+            raise
+        await asyncio.gather(*(supervisor.stop() for supervisor in self.supervisors))
+        self.publish()
+
+
+async def run_inspect(settings: Settings) -> int:
+    """Supervise until SIGTERM or SIGINT; returns the exit status.
+
+    Enters `inspection.netns` first, so it must own its process. Raises HairpinError and WrongInput
+    for what forbids beginning at all: no user, no namespace, an engine that won't do.
+    """
+    lanes = settings.build_lanes()
+    if faults := check_queues(lanes):
+        raise WrongInput(faults, "number each lane's queues in a row, as in [0, 1, 2]")
+    bridge.enter_namespace(settings.inspection.netns)
+    owner = files.find_owner(settings.inspection.user)
+    facts = await engine.read_engine_facts(settings.inspection.suricata)
+    refused = engine.check_engine_facts(
+        facts, require_hyperscan=settings.inspection.require_hyperscan
+    )
+    if refused:
+        raise HairpinError(
+            "; ".join(reason for reason, _ in refused), "; ".join(mend for _, mend in refused)
+        )
+    with hold_lock(settings.run_dir / "inspect" / "lock"):
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        try:
+            dialect = await find_dialect(settings.inspection.dialect)
+            log.info("inspect", dialect=str(dialect), engine=facts.text, lanes=len(lanes))
+            await Inspection(settings, facts, Netfilter(dialect, lanes), owner).run(stopping)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+    log.info("inspect ended")
+    return 0
+
+
+async def remove_network(settings: Settings) -> None:
+    """Take bridges and rules of all lanes away, in this order. For uninstalling; engines must be down."""
+    lanes = settings.build_lanes()
+    bridge.enter_namespace(settings.inspection.netns)
+    await asyncio.to_thread(bridge.remove_bridges, lanes)
+    await Netfilter(await find_dialect(settings.inspection.dialect), lanes).remove()

@@ -1,0 +1,126 @@
+"""What `hairpin inspect` tells the other processes: `inspection.json`, replaced atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+READ_LIMIT = 2**20
+"""An `inspection.json` longer than this (bytes) is not ours."""
+
+
+class EngineState(StrEnum):
+    """`starting`: no answer yet; `no-rules`: nothing to inspect by, so not started; `hung`: being
+    replaced; `failed`: waiting to be tried again; the lane is closed in all but `running`."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    NO_RULES = "no-rules"
+    HUNG = "hung"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class _Value(BaseModel):
+    # Read by processes of another version during an upgrade: what is not known is left out.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Fault(_Value):
+    """Something wrong: what, what to do next, since when (epoch). `mended`: when it was over."""
+
+    reason: str
+    mend: str = ""
+    since: float
+    mended: float | None = None
+
+
+class QueueState(_Value):
+    """One NFQUEUE; see `netfilter.QueueCounters`."""
+
+    number: int
+    waiting: int
+    dropped: int
+    user_dropped: int
+    packets: int
+
+
+class LaneState(_Value):
+    """One lane's engine. `started` is in seconds since the epoch; `restarts` counts those that
+    this supervisor made after an exit or a hang."""
+
+    number: int
+    name: str
+    state: EngineState
+    pid: int | None = None
+    started: float | None = None
+    adopted: bool = False
+    restarts: int = 0
+    version: str = ""
+    hyperscan: bool = False
+    rules_loaded: int = 0
+    rules_failed: int = 0
+    queues: tuple[QueueState, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def inspecting(self) -> bool:
+        return self.state is EngineState.RUNNING
+
+
+class InspectionState(_Value):
+    """Everything `hairpin inspect` knows. `faults` concern all lanes; `updated` is the epoch of
+    writing: a state that is older than a few seconds tells that nobody supervises."""
+
+    updated: float
+    pid: int
+    dialect: str = ""
+    lanes: tuple[LaneState, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+def parse_inspection_state(text: str) -> InspectionState | None:
+    try:
+        return InspectionState.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def read_inspection_state(path: Path) -> InspectionState | None:
+    """The last published state; None while there is none or it can't be understood."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(READ_LIMIT + 1)
+    except OSError:
+        return None
+    if len(content) > READ_LIMIT:
+        return None
+    return parse_inspection_state(content.decode(errors="replace"))
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
+    """Replace a file in one step; a reader sees the old or the new one. Raises OSError.
+
+    The temporary name is fresh and links are not followed, so the directory may be another user's.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(scratch, flags, mode)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(text)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
+def write_inspection_state(path: Path, state: InspectionState) -> None:
+    write_atomically(path, state.model_dump_json(indent=1) + "\n")
