@@ -1,0 +1,369 @@
+"""A client of the management API: finds the service, speaks to it, and types what goes wrong.
+
+Synchronous to its callers (the command line); each call runs its own event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+from pydantic import ValidationError
+
+from appliance.api.auth import read_token
+from appliance.api.documents import (
+    Alert,
+    AlertDetail,
+    AlertPage,
+    ApiDocument,
+    Coverage,
+    EventPage,
+    Explanation,
+    FlowPage,
+    Health,
+    PlanReport,
+    PolicyDocuments,
+    ProblemDocument,
+    RulePage,
+    RulesStatus,
+    UpdateJob,
+    VmEdit,
+    VmList,
+)
+from appliance.api.routes import BASE, JSON, YAML
+from steering.errors import Conflict, FieldError, HairpinError, WrongInput
+
+CLIENT_FILES = (Path("/etc/hairpin/client.json"), Path("/run/hairpin-lab/lab/client.json"))
+_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 120.0
+_SILENCE_SECONDS = 45.0  # three heartbeats of the live stream
+_LONGEST_PAUSE = 10.0
+_LARGEST_EVENT = 4 * 2**20
+
+Values = Mapping[str, str | int | None]
+Model = TypeVar("Model", bound=ApiDocument)
+
+
+class ServiceNotFound(HairpinError):
+    """Nothing says where the service is, or it does not answer there."""
+
+
+class ServiceRefused(HairpinError):
+    """The service refused or failed; ``problem`` is what it said."""
+
+    def __init__(self, problem: ProblemDocument) -> None:
+        super().__init__(problem.detail or problem.title, problem.mend)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the service is. ``source`` says how that is known."""
+
+    url: str
+    token_file: Path
+    source: str
+
+
+def find_place(
+    url: str | None,
+    token_file: Path | None,
+    env: Mapping[str, str],
+    files: tuple[Path, ...] = CLIENT_FILES,
+) -> Place:
+    """Where the service is: options, then HAIRPIN_URL and HAIRPIN_TOKEN_FILE, then ``files``.
+
+    Raises ServiceNotFound when nothing says it, WrongInput for a wrong URL or file.
+    """
+    url = url or env.get("HAIRPIN_URL") or None
+    named = token_file or (
+        Path(env["HAIRPIN_TOKEN_FILE"]) if env.get("HAIRPIN_TOKEN_FILE") else None
+    )
+    if url is not None and named is not None:
+        return Place(check_url(url, "--url"), named, "options or environment")
+    for path in files:
+        known = read_place(path)
+        if known is None or (url is not None and known.url != check_url(url, "--url")):
+            continue
+        return Place(known.url, named or known.token_file, str(path))
+    if url is not None:
+        raise WrongInput(
+            [FieldError("--token-file", "missing: the service wants a token")],
+            "name it with --token-file or HAIRPIN_TOKEN_FILE",
+        )
+    raise ServiceNotFound(
+        "no management service is known here",
+        "start the lab with `hairpin lab up`, or say where it is with --url and --token-file, "
+        "HAIRPIN_URL and HAIRPIN_TOKEN_FILE, or /etc/hairpin/client.json",
+    )
+
+
+def read_place(path: Path) -> Place | None:
+    """A client file, `{"url": ..., "tokenFile": ...}`; None where there is none."""
+    try:
+        value = json.loads(path.read_text())
+        url, token_file = value["url"], value["tokenFile"]
+    except FileNotFoundError:
+        return None
+    except OSError as fault:
+        raise HairpinError(
+            f"{path} can't be read: {fault.strerror}", "run as a user who may read it"
+        ) from fault
+    except (ValueError, TypeError, KeyError) as fault:
+        raise WrongInput(
+            [FieldError(str(path), 'not {"url": ..., "tokenFile": ...}')], "mend or remove it"
+        ) from fault
+    if not isinstance(url, str) or not isinstance(token_file, str):
+        raise WrongInput([FieldError(str(path), "url and tokenFile must be text")])
+    return Place(check_url(url, f"{path}: url"), Path(token_file), str(path))
+
+
+def check_url(url: str, where: str) -> str:
+    """The URL without a slash at its end. Raises WrongInput unless it is http(s)://HOST[:PORT]."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine or parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        raise WrongInput([FieldError(where, f"{url!r} is not http://HOST:PORT")])
+    return url.rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """The documents in force, with their revision and its entity tag (without quotes)."""
+
+    documents: PolicyDocuments
+    revision: int
+    etag: str
+
+
+class Client:
+    """Every method raises ServiceNotFound, ServiceRefused, Conflict (412) or WrongInput (400, 422)."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._token = read_token(place.token_file)
+
+    def read_health(self) -> Health:
+        return self._get("/health", Health)
+
+    def find_vms(self) -> VmList:
+        return self._get("/vms", VmList)
+
+    def edit_vm(self, vm_id: str, edit: VmEdit, etag: str) -> PlanReport:
+        body = edit.model_dump_json(exclude_none=True)
+        return self._put(f"/vms/{vm_id}", body, JSON, etag, dry_run=False)
+
+    def read_policies(self) -> InForce:
+        answer, headers = asyncio.run(self._ask("GET", "/policies", PolicyDocuments))
+        return InForce(
+            answer, int(headers.get("Hairpin-Revision", "0")), headers.get("ETag", "").strip('"')
+        )
+
+    def put_policies(self, text: str, etag: str, *, dry_run: bool) -> PlanReport:
+        """``text`` is YAML or JSON; ``etag`` `*` stands for whatever is in force."""
+        kind = JSON if text.lstrip()[:1] == "{" else YAML
+        return self._put("/policies", text, kind, etag, dry_run=dry_run)
+
+    def read_coverage(self, query: Values) -> Coverage:
+        return self._get("/coverage", Coverage, query)
+
+    def explain(self, query: Values) -> Explanation:
+        return self._get("/explain", Explanation, query)
+
+    def read_rules(self) -> RulesStatus:
+        return self._get("/rules", RulesStatus)
+
+    def find_rules(self, query: Values) -> RulePage:
+        return self._get("/rules/signatures", RulePage, query)
+
+    def start_rules_update(self) -> UpdateJob:
+        return asyncio.run(self._ask("POST", "/rules/update", UpdateJob))[0]
+
+    def read_rules_update(self) -> UpdateJob:
+        return self._get("/rules/update", UpdateJob)
+
+    def find_alerts(self, query: Values) -> AlertPage:
+        return self._get("/alerts", AlertPage, query)
+
+    def find_alert(self, alert_id: int) -> AlertDetail:
+        return self._get(f"/alerts/{alert_id}", AlertDetail)
+
+    def find_flows(self, query: Values) -> FlowPage:
+        return self._get("/flows", FlowPage, query)
+
+    def find_events(self, query: Values) -> EventPage:
+        return self._get("/events", EventPage, query)
+
+    def follow_alerts(
+        self, query: Values, after: int | None, on_lost: Callable[[str], None]
+    ) -> Iterator[Alert]:
+        """Alerts as they come, without end; those after ``after`` first, if it is given.
+
+        A lost connection is told to ``on_lost`` and taken up again where it was lost; only the
+        first one is an error (ServiceNotFound, ServiceRefused).
+        """
+        with asyncio.Runner() as runner:
+            alerts = self._follow(query, after, on_lost)
+
+            async def find_next() -> Alert | None:
+                return await anext(alerts, None)
+
+            while (alert := runner.run(find_next())) is not None:
+                yield alert
+
+    # The asynchronous half.
+
+    def _get(self, path: str, model: type[Model], query: Values | None = None) -> Model:
+        return asyncio.run(self._ask("GET", path, model, query=query))[0]
+
+    def _put(self, path: str, text: str, kind: str, etag: str, *, dry_run: bool) -> PlanReport:
+        headers = {"Content-Type": kind, "If-Match": "*" if etag == "*" else f'"{etag}"'}
+        query = {"dry_run": "true" if dry_run else None}
+        return asyncio.run(
+            self._ask("PUT", path, PlanReport, query=query, data=text.encode(), headers=headers)
+        )[0]
+
+    def _open(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+        # trust_env stays off: the token must not go through a proxy.
+        return aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self._token}"}, timeout=timeout
+        )
+
+    def _not_there(self, fault: Exception) -> ServiceNotFound:
+        why = str(fault) or type(fault).__name__
+        return ServiceNotFound(
+            f"the management service does not answer at {self.place.url} ({why})",
+            f"start it (`hairpin lab up`, or `hairpin serve --config FILE`); "
+            f"the address comes from {self.place.source}",
+        )
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        model: type[Model],
+        *,
+        query: Values | None = None,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[Model, Mapping[str, str]]:
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS, sock_connect=_CONNECT_SECONDS)
+        try:
+            async with (
+                self._open(timeout) as session,
+                session.request(
+                    method,
+                    f"{self.place.url}{BASE}{path}",
+                    params=_drop_unset(query),
+                    data=data,
+                    headers=headers,
+                    allow_redirects=False,
+                ) as answer,
+            ):
+                text = await answer.text()
+                if answer.content_type != JSON:
+                    raise build_refusal(answer.status, text)
+                try:
+                    return model.model_validate_json(text), answer.headers
+                except ValidationError as fault:
+                    raise HairpinError(
+                        f"the answer of {self.place.url} is not what this version expects "
+                        f"({fault.error_count()} differences)",
+                        "use the `hairpin` of the service's own version",
+                    ) from fault
+        except (aiohttp.ClientError, TimeoutError, OSError) as fault:
+            raise self._not_there(fault) from fault
+
+    async def _follow(
+        self, query: Values, after: int | None, on_lost: Callable[[str], None]
+    ) -> AsyncIterator[Alert]:
+        position, connected, pause = after, False, 1.0
+        limits = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS
+        )
+        while True:
+            lost = "the service ended the stream"
+            try:
+                async for event in self._read_stream(query, position, limits):
+                    connected, pause = True, 1.0
+                    if event.get("event") == "problem":
+                        lost = ProblemDocument.model_validate_json(event["data"]).detail
+                        break
+                    if "data" in event:
+                        yield Alert.model_validate_json(event["data"])
+                    position = int(event.get("id", position or 0))
+            except (aiohttp.ClientError, TimeoutError, OSError) as fault:
+                if not connected:
+                    raise self._not_there(fault) from fault
+                lost = str(fault) or "the service went silent"
+            except ServiceRefused as fault:
+                # A service that is just starting or stopping says 503; anything else is final.
+                if not connected or fault.problem.status != 503:
+                    raise
+                lost = fault.reason
+            on_lost(lost)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _read_stream(
+        self, query: Values, position: int | None, limits: aiohttp.ClientTimeout
+    ) -> AsyncIterator[dict[str, str]]:
+        headers = {} if position is None else {"Last-Event-ID": str(position)}
+        url = f"{self.place.url}{BASE}/alerts/stream"
+        async with (
+            self._open(limits) as session,
+            session.get(
+                url,
+                params=_drop_unset(query),
+                headers=headers,
+                allow_redirects=False,
+                read_bufsize=_LARGEST_EVENT,
+            ) as answer,
+        ):
+            if answer.status != 200:
+                raise build_refusal(answer.status, await answer.text())
+            event: dict[str, str] = {}
+            async for line in answer.content:
+                text = line.decode().rstrip("\r\n")
+                if not text:
+                    yield event
+                    event = {}
+                else:
+                    name, _, value = text.partition(":")
+                    event[name] = value.removeprefix(" ")
+
+
+def build_refusal(status: int, text: str) -> HairpinError:
+    """What the service said as a typed failure; also where something else answered in its place."""
+    try:
+        problem = ProblemDocument.model_validate_json(text)
+    except ValidationError:
+        return ServiceNotFound(
+            f"what answers there is not the management service (status {status})",
+            "check the URL",
+        )
+    if problem.errors:
+        faults = [FieldError(fault.path, fault.reason) for fault in problem.errors]
+        return WrongInput(faults, problem.mend)
+    if status == 412:
+        return Conflict(problem.detail, problem.mend)
+    return ServiceRefused(problem)
+
+
+def _drop_unset(query: Values | None) -> dict[str, str]:
+    return {name: str(value) for name, value in (query or {}).items() if value is not None}
+
+
+def open_client(url: str | None, token_file: Path | None) -> Client:
+    """A client of the service that the options, the environment or the files name."""
+    return Client(find_place(url, token_file, os.environ))
