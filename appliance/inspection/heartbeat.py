@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SILENT_LIMIT = 4.0
+SILENT_LIMIT = 3.0
 """Seconds without an answer, or with packets waiting all the time, of an engine that does nothing."""
 BUSY_LIMIT = 180.0
 """Seconds without an answer of an engine that works: longer than any ruleset takes to load."""
