@@ -1,0 +1,387 @@
+"""EVE files -> alerts in the database, one transaction a batch, bookmark included.
+
+What a kill at any moment leaves is the last committed transaction: its alerts and the bookmark
+behind them. So nothing is lost and nothing is stored twice. A rotated file is deleted only after
+its last line was committed, a younger file of its lane exists, and nothing was written to it for
+`GRACE_SECONDS`; the reader alone deletes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import structlog
+from sqlite_utils import Database
+
+from appliance.alerts.attribute import (
+    Attributed,
+    Context,
+    Decide,
+    attribute,
+    leave_unattributed,
+)
+from appliance.alerts.eve import find_resumption, parse_event
+from appliance.alerts.history import find_rows, record_event, record_repeated
+from appliance.alerts.model import EveAlert, Malformed
+from appliance.alerts.query import find_latest_alert_id
+from appliance.alerts.rows import (
+    Row,
+    build_alert_row,
+    build_bookmark_row,
+    insert_sql,
+    parse_bookmark_row,
+)
+from appliance.alerts.store import Store, StoreError
+from appliance.alerts.tail import (
+    Batch,
+    Bookmark,
+    find_files,
+    index_bookmarks,
+    is_rotated,
+    read_batch,
+    remove_rotated,
+)
+from steering.model import Lane
+
+log = structlog.get_logger("ingest")
+
+POLL_SECONDS = 0.1
+BATCH_LINES = 1000
+GRACE_SECONDS = 10.0
+_BACKOFF_SECONDS = (0.1, 5.0)
+_FINISHED_KEPT = 16
+
+FindContext = Callable[[Lane, float], Context]
+"""What was known of a lane's VMs and policies at a time. Called in a thread, once an alert."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneStatus:
+    """How a lane's reading goes. ``behind_bytes`` is what is written and not yet stored;
+    ``fault`` is empty while all works; counts are since the start of the process."""
+
+    lane: str
+    present: bool = False
+    behind_bytes: int = 0
+    rotated_files: int = 0
+    lines: int = 0
+    alerts: int = 0
+    malformed: int = 0
+    unattributed: int = 0
+    stored_at: float | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a batch comes to: rows to insert, and what was wrong with it."""
+
+    rows: tuple[Row, ...] = ()
+    malformed: tuple[tuple[int, Malformed], ...] = ()
+    unattributed: int = 0
+
+
+@dataclass(slots=True)
+class _Tail:
+    """One lane's place in its files."""
+
+    lane: Lane
+    live: Path
+    bookmarks: dict[tuple[int, int], Bookmark] = field(default_factory=dict)
+    next_generation: int = 1
+    status: LaneStatus = LaneStatus("")
+
+
+class Ingest:
+    """Reads every lane's EVE file until cancelled.
+
+    ``lanes`` gives each lane's live file (`Settings.eve_file`). Run it as one task: `run`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        lanes: Mapping[Lane, Path],
+        find_context: FindContext,
+        decide: Decide,
+        *,
+        clock: Callable[[], float] = time.time,
+        poll_seconds: float = POLL_SECONDS,
+        grace_seconds: float = GRACE_SECONDS,
+    ) -> None:
+        self._store = store
+        self._find_context = find_context
+        self._decide = decide
+        self._clock = clock
+        self._poll = poll_seconds
+        self._grace = grace_seconds
+        self._tails = [
+            _Tail(lane, live, status=LaneStatus(lane.name)) for lane, live in lanes.items()
+        ]
+        self._stored = asyncio.Condition()
+        self._latest = 0
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for tail in self._tails:
+                group.create_task(self._run_lane(tail), name=f"ingest {tail.lane.name}")
+
+    def status(self) -> tuple[LaneStatus, ...]:
+        return tuple(tail.status for tail in self._tails)
+
+    async def wait_newer(self, last_id: int) -> int:
+        """Return once an alert with an id above ``last_id`` is stored: the newest id."""
+        latest = max(self._latest, await find_latest_alert_id(self._store))
+        async with self._stored:
+            self._latest = max(self._latest, latest)
+            await self._stored.wait_for(lambda: self._latest > last_id)
+            return self._latest
+
+    async def _run_lane(self, tail: _Tail) -> None:
+        delay = 0.0
+        loaded = False
+        while True:
+            try:
+                if not loaded:
+                    await self._load(tail)
+                    loaded = True
+                more, fault = await self._step(tail)
+                await self._change_fault(tail, fault)
+                delay = 0.0 if more else self._poll
+            except (StoreError, OSError) as failure:
+                # Nothing was committed, so the same lines are read again after the pause.
+                if tail.status.fault != str(failure):
+                    log.error("ingest failed", lane=tail.lane.name, fault=str(failure))
+                tail.status = replace(tail.status, fault=str(failure))
+                delay = min(max(delay * 2, _BACKOFF_SECONDS[0]), _BACKOFF_SECONDS[1])
+            await asyncio.sleep(delay)
+
+    async def _load(self, tail: _Tail) -> None:
+        # By the writer, behind whatever a cancelled run before this one left in its queue.
+        rows = await self._store.write(
+            lambda db: find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (tail.lane.name,))
+        )
+        tail.bookmarks = index_bookmarks(
+            parse_bookmark_row(row) for row in rows if row["finished_at"] is None
+        )
+        tail.next_generation = 1 + max((int(row["generation"]) for row in rows), default=0)
+
+    async def _step(self, tail: _Tail) -> tuple[bool, str]:
+        """One batch of each file, oldest first: whether there is more to read at once, and a fault.
+
+        A file that can't be read or deleted is a fault, and does not hold up the others.
+        """
+        files = await asyncio.to_thread(find_files, tail.live)
+        more, behind, fault = False, 0, ""
+        for path in files:
+            try:
+                batch = await asyncio.to_thread(
+                    read_batch,
+                    path,
+                    tail.lane.name,
+                    tail.bookmarks,
+                    tail.next_generation,
+                    BATCH_LINES,
+                )
+                if batch is None:
+                    continue
+                await self._store_batch(tail, batch)
+                behind += batch.behind
+                # A younger file is begun only when the older is read to its end, so that alerts
+                # are stored in the order of their files.
+                if not batch.at_end:
+                    more = True
+                    break
+                if path != files[-1] and is_rotated(tail.live, path.name):
+                    await self._retire(tail, batch)
+            except OSError as failure:
+                fault = f"{path}: {failure.strerror or failure}"
+        tail.status = replace(
+            tail.status,
+            present=tail.live in files,
+            behind_bytes=behind,
+            rotated_files=len(files) - (tail.live in files),
+        )
+        return more, fault
+
+    async def _store_batch(self, tail: _Tail, batch: Batch) -> None:
+        known = tail.bookmarks.get(batch.bookmark.identity)
+        if known == batch.bookmark:
+            return
+        prepared = await asyncio.to_thread(self._prepare, tail.lane, batch)
+        now = self._clock()
+
+        def commit(db: Database) -> tuple[int, int]:
+            return commit_batch(db, tail.lane, batch, prepared, now)
+
+        latest, refused = await self._store.write(commit)
+        tail.bookmarks[batch.bookmark.identity] = batch.bookmark
+        tail.next_generation = max(tail.next_generation, batch.bookmark.generation + 1)
+        status = tail.status
+        tail.status = replace(
+            status,
+            lines=status.lines + len(batch.lines),
+            alerts=status.alerts + len(prepared.rows) - refused,
+            malformed=status.malformed + len(prepared.malformed) + refused,
+            unattributed=status.unattributed + prepared.unattributed,
+            stored_at=now if batch.lines else status.stored_at,
+        )
+        if latest > self._latest:
+            async with self._stored:
+                self._latest = max(self._latest, latest)
+                self._stored.notify_all()
+
+    def _prepare(self, lane: Lane, batch: Batch) -> Prepared:
+        """Parse and attribute; the work of a thread, without I/O of its own."""
+        now = self._clock()
+        rows: list[Row] = []
+        malformed: list[tuple[int, Malformed]] = []
+        unattributed = 0
+        for line in batch.lines:
+            if not line.raw.strip():
+                continue
+            for part, event in enumerate(parse_line(line.raw)):
+                if isinstance(event, Malformed):
+                    malformed.append((line.offset, event))
+                    continue
+                attributed = self._attribute(lane, event)
+                unattributed += attributed.policy is None
+                origin = (batch.bookmark.generation, line.offset, part)
+                rows.append(build_alert_row(event, attributed, lane, now, origin))
+        return Prepared(tuple(rows), tuple(malformed), unattributed)
+
+    def _attribute(self, lane: Lane, alert: EveAlert) -> Attributed:
+        try:
+            return attribute(alert, self._find_context(lane, alert.at), self._decide)
+        except Exception as fault:
+            # An alert is worth more than its attribution: it is stored with what is known of it.
+            log.exception("attribution failed", lane=lane.name, sid=alert.signature.sid)
+            return leave_unattributed(alert, f"attribution failed: {type(fault).__name__}: {fault}")
+
+    async def _retire(self, tail: _Tail, batch: Batch) -> None:
+        """Delete a drained file that nothing is written to any more, and forget it."""
+        if self._clock() - batch.changed_at < self._grace:
+            return
+        bookmark = batch.bookmark
+        if not await asyncio.to_thread(remove_rotated, batch.path, tail.live, bookmark):
+            return
+        now = self._clock()
+        await self._store.write(
+            lambda db: finish_file(db, bookmark, batch.path.name, batch.torn, now)
+        )
+        tail.bookmarks.pop(bookmark.identity, None)
+        log.info("EVE file drained and deleted", file=str(batch.path), bytes=bookmark.offset)
+
+    async def _change_fault(self, tail: _Tail, fault: str) -> None:
+        """The step went through; record a new fault of a single file, or the end of one."""
+        before = tail.status.fault
+        if before == fault:
+            return
+        now = self._clock()
+        message = (
+            f"an EVE file can't be read or deleted: {fault}"
+            if fault
+            else f"alerts are stored again, none was lost; the fault was: {before}"
+        )
+        await self._store.write(
+            lambda db: record_repeated(
+                db,
+                now,
+                "ingest.fault" if fault else "ingest.recovered",
+                "error" if fault else "info",
+                message,
+                subject=tail.lane.name,
+            )
+        )
+        tail.status = replace(tail.status, fault=fault)
+
+
+def parse_line(line: bytes) -> tuple[EveAlert | Malformed, ...]:
+    """What a line holds: nothing for other events, one alert, or a torn one and what follows it."""
+    event = parse_event(line)
+    if event is None:
+        return ()
+    resumed = find_resumption(line) if isinstance(event, Malformed) else None
+    if resumed is None:
+        return (event,)
+    following = parse_event(resumed)
+    return (event,) if following is None else (event, following)
+
+
+def commit_batch(
+    db: Database, lane: Lane, batch: Batch, prepared: Prepared, now: float
+) -> tuple[int, int]:
+    """Store a batch and its bookmark: the newest alert's id (0 for none), and rows refused.
+
+    A row that the database refuses is recorded as malformed; it must not stop those behind it.
+    """
+    latest = 0
+    refused: list[str] = []
+    for row in prepared.rows:
+        try:
+            latest = int(db.execute(insert_sql("alerts", row), row).lastrowid or 0)
+        except (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError) as fault:
+            refused.append(f"offset {row['file_offset']}: {fault}")
+    if refused:
+        record_repeated(
+            db,
+            now,
+            "eve.refused",
+            "error",
+            f"the database refused {len(refused)} alerts, the first at {refused[0]}",
+            subject=lane.name,
+            count=len(refused),
+        )
+    if prepared.malformed:
+        offset, first = prepared.malformed[0]
+        record_repeated(
+            db,
+            now,
+            "eve.malformed",
+            "warning",
+            f"EVE lines that are no events: {first.reason}",
+            subject=lane.name,
+            count=len(prepared.malformed),
+            detail={"file": batch.path.name, "offset": offset, "excerpt": first.excerpt},
+        )
+    if batch.replaced:
+        record_event(
+            db,
+            now,
+            "eve.replaced",
+            "warning",
+            "the EVE file was truncated or replaced; it is read from its start,"
+            " and what was not read before is lost",
+            subject=lane.name,
+            detail={"file": batch.path.name},
+        )
+    row = build_bookmark_row(batch.bookmark)
+    db.execute(insert_sql("bookmarks", row).replace("INSERT", "INSERT OR REPLACE", 1), row)
+    return latest, len(refused)
+
+
+def finish_file(db: Database, bookmark: Bookmark, name: str, torn: int, now: float) -> None:
+    """The file is gone; its bookmark no longer counts, and the oldest such are removed."""
+    db.execute(
+        "UPDATE bookmarks SET finished_at = ? WHERE lane = ? AND generation = ?",
+        (now, bookmark.lane, bookmark.generation),
+    )
+    db.execute(
+        "DELETE FROM bookmarks WHERE lane = ? AND finished_at IS NOT NULL AND generation < ?",
+        (bookmark.lane, bookmark.generation - _FINISHED_KEPT),
+    )
+    if torn:
+        record_repeated(
+            db,
+            now,
+            "eve.malformed",
+            "warning",
+            f"a rotated EVE file ended in a torn line of {torn} bytes",
+            subject=bookmark.lane,
+            detail={"file": name, "offset": bookmark.offset},
+        )

@@ -1,0 +1,340 @@
+"""Questions about alerts, flows and events: SQL built by pure functions, answered page by page.
+
+A cursor is the id of the last item of a page, as text; the page after it begins at the next id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, Generic, TypeVar
+
+from appliance.alerts.model import Alert, Event, FlowRecord, FlowSummary, Verdict
+from appliance.alerts.rows import parse_alert_row, parse_event_row, parse_flow_row
+from appliance.alerts.store import Store
+from steering.errors import FieldError, WrongInput
+
+LIMIT = 1000
+_CURSOR = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+
+T = TypeVar("T")
+Query = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class AlertFilter:
+    """All that are set must hold. VMs are named by name or vm-id; ``vm``, ``address`` and ``zone``
+    fit either end; ``since`` (inclusive) and ``until`` (exclusive) are times of the packet;
+    ``text`` is looked for in the signature, the URL and the payload, whatever the case."""
+
+    vm: str | None = None
+    source_vm: str | None = None
+    destination_vm: str | None = None
+    address: str | None = None
+    zone: str | None = None
+    verdict: Verdict | None = None
+    signature: int | None = None
+    cve: str | None = None
+    policy: str | None = None
+    lane: str | None = None
+    since: float | None = None
+    until: float | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FlowFilter:
+    """As `AlertFilter`, of flow records. ``since`` and ``until`` bound when they were last seen."""
+
+    vm: str | None = None
+    source_vm: str | None = None
+    destination_vm: str | None = None
+    address: str | None = None
+    protocol: str | None = None
+    port: int | None = None
+    application: str | None = None
+    treatment: str | None = None
+    since: float | None = None
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EventFilter:
+    """``kind`` is exact, or all kinds under it when it ends in a dot (`eve.`)."""
+
+    kind: str | None = None
+    severity: str | None = None
+    subject: str | None = None
+    since: float | None = None
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """``next_cursor`` is None when there is nothing after this page."""
+
+    items: tuple[T, ...]
+    next_cursor: str | None
+
+
+async def find_alerts(
+    store: Store,
+    wanted: AlertFilter,
+    cursor: str | None = None,
+    *,
+    limit: int = 100,
+    ascending: bool = False,
+) -> Page[Alert]:
+    """Newest first unless ``ascending``. Raises WrongInput for a bad cursor or limit."""
+    question = alerts_sql(wanted, parse_cursor(cursor), check_limit(limit), ascending)
+    return await _find_page(store, question, limit, parse_alert_row)
+
+
+async def find_alert(store: Store, alert_id: int) -> Alert | None:
+    rows = await _find_rows(store, ("SELECT * FROM alerts WHERE id = :id", {"id": alert_id}))
+    return parse_alert_row(rows[0]) if rows else None
+
+
+async def find_latest_alert_id(store: Store) -> int:
+    """The id of the newest alert; 0 when there is none."""
+    rows = await _find_rows(store, ("SELECT coalesce(max(id), 0) AS id FROM alerts", {}))
+    return int(rows[0]["id"])
+
+
+async def watch_from(
+    store: Store,
+    last_id: int,
+    wait_newer: Callable[[int], Awaitable[object]],
+    wanted: AlertFilter | None = None,
+    *,
+    limit: int = 200,
+) -> AsyncIterator[Alert]:
+    """Every alert after ``last_id`` in the order of their ids, for ever.
+
+    ``wait_newer`` returns once an alert with an id above the one given may be stored
+    (`Ingest.wait_newer`).
+    """
+    wanted = wanted or AlertFilter()
+    while True:
+        newest = await find_latest_alert_id(store)
+        question = alerts_sql(wanted, last_id, limit, True)
+        page = await _find_page(store, question, limit, parse_alert_row)
+        for alert in page.items:
+            last_id = alert.id
+            yield alert
+        if page.next_cursor is None:
+            # What the filter held back up to here need not be looked at again.
+            last_id = max(last_id, newest)
+            await wait_newer(last_id)
+
+
+async def find_flows(
+    store: Store, wanted: FlowFilter, cursor: str | None = None, *, limit: int = 100
+) -> Page[FlowRecord]:
+    """Single records, newest first. Raises WrongInput for a bad cursor or limit."""
+    question = flows_sql(wanted, parse_cursor(cursor), check_limit(limit))
+    return await _find_page(store, question, limit, parse_flow_row)
+
+
+async def summarise_flows(
+    store: Store, wanted: FlowFilter, *, limit: int = 100
+) -> tuple[FlowSummary, ...]:
+    """Records added up by VM pair, protocol, destination port and application; most bytes first."""
+    rows = await _find_rows(store, flow_summary_sql(wanted, check_limit(limit)))
+    return tuple(FlowSummary(**row) for row in rows)
+
+
+async def find_events(
+    store: Store, wanted: EventFilter, cursor: str | None = None, *, limit: int = 100
+) -> Page[Event]:
+    """Newest first. Raises WrongInput for a bad cursor or limit."""
+    question = events_sql(wanted, parse_cursor(cursor), check_limit(limit))
+    return await _find_page(store, question, limit, parse_event_row)
+
+
+def alerts_sql(wanted: AlertFilter, after: int | None, limit: int, ascending: bool) -> Query:
+    """One row more than ``limit`` is asked for, to know whether there is another page."""
+    where, values = _start_where("alerts", after, ascending)
+    _match_vms(wanted.vm, wanted.source_vm, wanted.destination_vm, where, values)
+    _match_address(wanted.address, where, values)
+    if wanted.zone is not None:
+        where.append(
+            ":zone IN (SELECT value FROM json_each(source_zones)"
+            " UNION ALL SELECT value FROM json_each(destination_zones))"
+        )
+        values["zone"] = wanted.zone
+    if wanted.cve is not None:
+        where.append(":cve IN (SELECT value FROM json_each(cves))")
+        values["cve"] = wanted.cve.upper()
+    if wanted.text is not None:
+        where.append(
+            "(instr(lower(signature), :text) OR instr(lower(coalesce(http_url, '')), :text)"
+            " OR instr(lower(payload_printable), :text))"
+        )
+        values["text"] = wanted.text.lower()
+    _match_equal(
+        {
+            "verdict": wanted.verdict and str(wanted.verdict),
+            "sid": wanted.signature,
+            "policy": wanted.policy,
+            "lane": wanted.lane,
+        },
+        where,
+        values,
+    )
+    _match_times("at", wanted.since, wanted.until, where, values)
+    return _select("alerts", where, values, limit, ascending)
+
+
+def flows_sql(wanted: FlowFilter, after: int | None, limit: int) -> Query:
+    where, values = _start_where("flow_records", after, False)
+    _match_flows(wanted, where, values)
+    return _select("flow_records", where, values, limit, False)
+
+
+def flow_summary_sql(wanted: FlowFilter, limit: int) -> Query:
+    where: list[str] = ["1"]
+    values: dict[str, Any] = {"limit": limit}
+    _match_flows(wanted, where, values)
+    sql = (
+        "SELECT min(first_seen) AS first_seen, max(last_seen) AS last_seen,"  # noqa: S608
+        " source_vm_id, source_vm, destination_vm_id, destination_vm,"
+        " protocol, destination_port, application, count(*) AS connections,"
+        " sum(packets_sent) AS packets_sent, sum(bytes_sent) AS bytes_sent,"
+        " sum(packets_received) AS packets_received, sum(bytes_received) AS bytes_received"
+        f" FROM flow_records WHERE {' AND '.join(where)}"
+        " GROUP BY source_vm_id, destination_vm_id, protocol, destination_port, application"
+        " ORDER BY sum(bytes_sent + bytes_received) DESC, max(id) DESC LIMIT :limit"
+    )
+    return sql, values
+
+
+def events_sql(wanted: EventFilter, after: int | None, limit: int) -> Query:
+    where, values = _start_where("events", after, False)
+    if wanted.kind is not None and wanted.kind.endswith("."):
+        where.append("substr(kind, 1, length(:kind)) = :kind")
+        values["kind"] = wanted.kind
+    else:
+        _match_equal({"kind": wanted.kind}, where, values)
+    _match_equal({"severity": wanted.severity, "subject": wanted.subject}, where, values)
+    _match_times("at", wanted.since, wanted.until, where, values)
+    return _select("events", where, values, limit, False)
+
+
+def parse_cursor(cursor: str | None) -> int | None:
+    """Raises WrongInput when ``cursor`` is none that a page gave."""
+    if cursor is None:
+        return None
+    if not _CURSOR.fullmatch(cursor) or int(cursor) >= 2**63:
+        raise WrongInput([FieldError("cursor", "is not one that a page gave as its next")])
+    return int(cursor)
+
+
+def check_limit(limit: int) -> int:
+    """Raises WrongInput unless 1 <= limit <= `LIMIT`."""
+    if not 1 <= limit <= LIMIT:
+        raise WrongInput([FieldError("limit", f"must be 1 to {LIMIT}")])
+    return limit
+
+
+async def _find_rows(store: Store, question: Query) -> list[dict[str, Any]]:
+    sql, values = question
+    return await store.read(lambda db: list(db.query(sql, values)))
+
+
+async def _find_page(
+    store: Store, question: Query, limit: int, parse: Callable[[dict[str, Any]], T]
+) -> Page[T]:
+    rows = await _find_rows(store, question)
+    more = len(rows) > limit
+    return Page(
+        items=tuple(parse(row) for row in rows[:limit]),
+        next_cursor=str(rows[limit - 1]["id"]) if more else None,
+    )
+
+
+def _start_where(
+    table: str, after: int | None, ascending: bool
+) -> tuple[list[str], dict[str, Any]]:
+    if after is None:
+        return ["1"], {}
+    return [f"{table}.id {'>' if ascending else '<'} :after"], {"after": after}
+
+
+def _select(
+    table: str, where: list[str], values: dict[str, Any], limit: int, ascending: bool
+) -> Query:
+    order = "ASC" if ascending else "DESC"
+    sql = (
+        f"SELECT * FROM {table} WHERE {' AND '.join(where)}"  # noqa: S608
+        f" ORDER BY id {order} LIMIT :limit"
+    )
+    return sql, {**values, "limit": limit + 1}
+
+
+def _match_flows(wanted: FlowFilter, where: list[str], values: dict[str, Any]) -> None:
+    _match_vms(wanted.vm, wanted.source_vm, wanted.destination_vm, where, values)
+    _match_address(wanted.address, where, values)
+    _match_equal(
+        {
+            "protocol": wanted.protocol,
+            "destination_port": wanted.port,
+            "application": wanted.application,
+            "treatment": wanted.treatment,
+        },
+        where,
+        values,
+    )
+    _match_times("last_seen", wanted.since, wanted.until, where, values)
+
+
+def _match_vms(
+    either: str | None,
+    source: str | None,
+    destination: str | None,
+    where: list[str],
+    values: dict[str, Any],
+) -> None:
+    if either is not None:
+        where.append(
+            "(:vm IN (source_vm_id, source_vm) OR :vm IN (destination_vm_id, destination_vm))"
+        )
+        values["vm"] = either
+    for side, name in (("source", source), ("destination", destination)):
+        if name is not None:
+            where.append(f":{side}_vm IN ({side}_vm_id, {side}_vm)")
+            values[f"{side}_vm"] = name
+
+
+def _match_address(address: str | None, where: list[str], values: dict[str, Any]) -> None:
+    if address is None:
+        return
+    try:
+        values["address"] = str(ip_address(address))
+    except ValueError as fault:
+        raise WrongInput([FieldError("address", str(fault))]) from fault
+    where.append(":address IN (source_address, destination_address)")
+
+
+def _match_equal(wanted: dict[str, Any], where: list[str], values: dict[str, Any]) -> None:
+    for column, value in wanted.items():
+        if value is not None:
+            where.append(f"{column} = :{column}")
+            values[column] = value
+
+
+def _match_times(
+    column: str,
+    since: float | None,
+    until: float | None,
+    where: list[str],
+    values: dict[str, Any],
+) -> None:
+    if since is not None:
+        where.append(f"{column} >= :since")
+        values["since"] = since
+    if until is not None:
+        where.append(f"{column} < :until")
+        values["until"] = until

@@ -1,0 +1,166 @@
+"""The door to the database: one writer thread, a few read-only connections, every failure typed.
+
+The file belongs to the management service alone, and a lock beside it holds that. WAL, so that
+readers never wait for the writer. `synchronous=FULL`, because what a commit covers is given up
+elsewhere: drained EVE files are deleted and a SIEM is told on the strength of it; NORMAL may lose
+the last commits when the host loses power. Ingest commits whole batches, so FULL costs one fsync a
+batch (https://www.sqlite.org/pragma.html#pragma_synchronous).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from sqlite_utils import Database
+
+from appliance.alerts.schema import migrations
+from steering.errors import HairpinError
+
+T = TypeVar("T")
+
+_READERS = 3
+_BUSY_SECONDS = 10.0
+
+
+class StoreError(HairpinError):
+    """The database could not be opened, read or written. ``full`` says the disk is full."""
+
+    def __init__(self, reason: str, mend: str = "", *, full: bool = False) -> None:
+        super().__init__(reason, mend)
+        self.full = full
+
+
+def explain_fault(path: Path, fault: sqlite3.Error) -> StoreError:
+    """What a failure of SQLite means for ``path``, and what to do about it."""
+    code = getattr(fault, "sqlite_errorcode", None)
+    reason = f"database {path}: {fault}"
+    primary = None if code is None else code & 0xFF
+    if primary == sqlite3.SQLITE_FULL:
+        return StoreError(reason, f"free space on the disk of {path.parent}", full=True)
+    if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreError(reason, "move the file aside and restore it from a backup")
+    if primary in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        return StoreError(reason, f"check the disk and the permissions of {path.parent}")
+    return StoreError(reason)
+
+
+class Store:
+    """The database at ``path``, created with mode 0600 and brought to the newest tables.
+
+    Raises StoreError when it can't be opened or another process owns it. Close it with `close`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = _lock_owner(path)
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
+        try:
+            self._database = self._writer.submit(self._open_writer).result()
+        except BaseException:
+            self.close()
+            raise
+
+    async def write(self, change: Callable[[Database], T]) -> T:
+        """Run ``change`` in one transaction on the writer thread and return what it returns.
+
+        When it raises, nothing of it stays. Raises StoreError for failures of the database.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, change)
+
+    async def read(self, question: Callable[[Database], T]) -> T:
+        """Run ``question`` on a read-only connection, which sees one consistent state.
+
+        Raises StoreError for failures of the database.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, question)
+
+    def close(self) -> None:
+        """Wait for what is running, then close. May be called twice."""
+        self._writer.shutdown()
+        self._readers.shutdown()
+        while self._connections:
+            self._connections.pop().close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _write(self, change: Callable[[Database], T]) -> T:
+        try:
+            with self._database.atomic():
+                return change(self._database)
+        except sqlite3.Error as fault:
+            raise explain_fault(self.path, fault) from fault
+
+    def _read(self, question: Callable[[Database], T]) -> T:
+        try:
+            database = getattr(self._local, "database", None)
+            if database is None:
+                database = self._local.database = self._open_reader()
+            with database.atomic():
+                return question(database)
+        except sqlite3.Error as fault:
+            raise explain_fault(self.path, fault) from fault
+
+    def _connect(self, uri: str) -> sqlite3.Connection:
+        # Each connection is used by its own thread only; close() is the exception, after they ended.
+        connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, check_same_thread=False)
+        self._connections.append(connection)
+        return connection
+
+    def _open_writer(self) -> Database:
+        try:
+            _create_private(self.path)
+            connection = self._connect(f"{self.path.absolute().as_uri()}?mode=rw")
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("PRAGMA journal_size_limit=67108864")
+            database = Database(connection, execute_plugins=False)
+            migrations.apply(database)
+            return database
+        except sqlite3.Error as fault:
+            raise explain_fault(self.path, fault) from fault
+
+    def _open_reader(self) -> Database:
+        connection = self._connect(f"{self.path.absolute().as_uri()}?mode=ro")
+        connection.execute("PRAGMA query_only=ON")
+        return Database(connection, execute_plugins=False)
+
+
+def _create_private(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as fault:
+        raise StoreError(f"{path}: {fault.strerror}", "check the state directory") from fault
+    try:
+        os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+def _lock_owner(path: Path) -> int:
+    lock = path.with_name(path.name + ".lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as fault:
+        raise StoreError(f"{lock}: {fault.strerror}", "check the state directory") from fault
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        os.close(descriptor)
+        raise StoreError(
+            f"database {path} belongs to another running process",
+            "stop the other `hairpin serve` first",
+        ) from fault
+    return descriptor
