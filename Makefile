@@ -1,0 +1,43 @@
+# Everything from a fresh Debian 12 or 13, as root: `make demo` and `make test` set up by themselves.
+
+VENV ?= .venv
+PYTEST_ARGS ?=
+UV ?= uv
+BIN := $(VENV)/bin
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-find-links
+
+.PHONY: help setup demo test test-unit check lock clean
+
+help:  ## what there is
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
+
+setup:  ## packages, users and the Python environment; quick when there is nothing to do
+	@VENV="$(VENV)" image-build/setup.sh
+
+demo: setup  ## an exploit between two VMs, hairpinned, dropped and recorded
+	@$(BIN)/python -m appliance.lab.demo
+
+check: setup  ## style, types and the arrows between rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## all the checks and all the tests, those in the lab too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-unit: setup  ## the tests that need no lab
+	$(BIN)/python -m pytest -m 'not lab' tests/unit tests/golden $(PYTEST_ARGS)
+
+lock:  ## lock the dependencies again (needs uv; UPGRADE=--upgrade takes newer ones)
+	$(COMPILE) $(UPGRADE) -o requirements.lock pyproject.toml
+	$(COMPILE) $(UPGRADE) --extra dev -c requirements.lock -o requirements-dev.lock \
+		pyproject.toml requirements-build.in
+	$(COMPILE) $(UPGRADE) -c requirements-dev.lock -o requirements-build.lock requirements-build.in
+
+clean:  ## remove what was built and cached; the lab with it, if one is up
+	-@[ ! -x $(BIN)/hairpin ] || $(BIN)/hairpin lab down
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache
+	find appliance steering tests -name __pycache__ -type d -prune -exec rm -rf {} +
