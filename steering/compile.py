@@ -26,7 +26,6 @@ from steering.model import (
     Port,
     Profile,
     Protocol,
-    Service,
 )
 from steering.pipeline import (
     ADDRESS_IDLE_SECONDS,
@@ -219,9 +218,11 @@ def _add_learn(book: FlowBook, port: Port) -> None:
     learned = build_cookie(CookieKind.ADDRESS, here)
 
     def learn(family: str, source: str, target: str) -> str:
+        # OVS writes a field that is matched against itself once.
+        matched = target if source == target else f"{target}={source}"
         return (
             f"learn(table={Table.ADDRESSES.number},idle_timeout={ADDRESS_IDLE_SECONDS},"
-            f"cookie={learned:#x},limit={ADDRESS_LIMIT},{family},{target}={source},"
+            f"cookie={learned:#x},limit={ADDRESS_LIMIT},{family},{matched},"
             f"load:NXM_OF_IN_PORT[]->NXM_NX_REG0[0..15])"
         )
 
@@ -363,7 +364,7 @@ def _build_service_matches(policy: Policy, *, answer: bool) -> Iterator[str]:
     direction = _build_direction_match(policy, answer=answer)
     field = "tp_src" if answer else "tp_dst"
     for family in policy.families:
-        for service in policy.services or (Service(),):
+        for service in policy.services:
             keyword = KEYWORDS[family][service.protocol]
             every = any(piece.first == 0 and piece.last == 0xFFFF for piece in service.ports)
             if not service.ports or every:

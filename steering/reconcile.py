@@ -344,7 +344,11 @@ class Reconciler:
             await self._switch.send_bundle(bundle)
             left = await self._find_difference(program)
             if left:
-                self._wake.set()  # somebody changes the switch right now: once more
+                raise SwitchError(
+                    f"the switch reads back other than it was told in {len(left.changes)} places, "
+                    f"first: {left.changes[0].kind} {left.changes[0].text}",
+                    "it is tried again; check for another controller",
+                )
         before, self._settled = self._settled, program
         self._tell(observed, bundle, time.monotonic() - began, drift=drift and before is not None)
 

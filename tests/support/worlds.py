@@ -90,7 +90,7 @@ def policy_sets(draw: st.DrawFn, machines: int = 6, most: int = 6) -> PolicySet:
             priority=priority,
             sources=tuple(draw(st.lists(peers, min_size=1, max_size=2, unique=True))),
             destinations=tuple(draw(st.lists(peers, min_size=1, max_size=2, unique=True))),
-            services=tuple(draw(st.lists(services, max_size=2, unique=True))),
+            services=tuple(draw(st.lists(services, min_size=1, max_size=2, unique=True))),
             families=draw(families),
             action=draw(actions),
         )
