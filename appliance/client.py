@@ -18,6 +18,7 @@ import aiohttp
 from pydantic import ValidationError
 
 from appliance.api.auth import read_token
+from appliance.api.control import Unavailable
 from appliance.api.documents import (
     Alert,
     AlertDetail,
@@ -51,7 +52,7 @@ Values = Mapping[str, str | int | None]
 Model = TypeVar("Model", bound=ApiDocument)
 
 
-class ServiceNotFound(HairpinError):
+class ServiceNotFound(Unavailable):
     """Nothing says where the service is, or it does not answer there."""
 
 

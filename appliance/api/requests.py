@@ -66,7 +66,8 @@ def parse_query(model: type[Query], given: MultiMapping[str]) -> Query:
     try:
         return model.model_validate_strings(dict(given))
     except ValidationError as fault:
-        raise WrongInput(find_faults(fault), known) from None
+        unknown = any(one["type"] == "extra_forbidden" for one in fault.errors())
+        raise WrongInput(find_faults(fault), known if unknown else "") from None
 
 
 def parse_etags(header: str, *, weak: bool) -> IfMatch:

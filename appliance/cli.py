@@ -1,0 +1,79 @@
+"""The command line `hairpin`: puts the commands together and turns failures into exit statuses.
+
+0 done; 1 refused or failed; 2 wrong input (as for wrong usage), nothing changed; 130 ended by
+Ctrl-C; 141 whoever read the output has gone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from appliance.commands import lab, policy, reading, rules, service
+from appliance.commands.output import JSON_WANTED, OutputClosed, print_error
+from steering.errors import HairpinError
+
+INTERRUPTED = 130
+OUTPUT_CLOSED = 141
+
+
+def build_app() -> typer.Typer:
+    """All commands, in the order in which the help lists them."""
+    app = typer.Typer(
+        name="hairpin",
+        help="Virtual inline IPS appliance for Open vSwitch.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.command("vms")(reading.show_vms)
+    app.add_typer(policy.app, name="policy")
+    app.command("coverage")(reading.show_coverage)
+    app.command("explain")(reading.show_explanation)
+    app.command("alerts")(reading.show_alerts)
+    app.command("flows")(reading.show_flows)
+    app.command("events")(reading.show_events)
+    app.add_typer(rules.app, name="rules")
+    app.command("health")(reading.show_health)
+    app.command("doctor")(service.doctor)
+    app.add_typer(lab.app, name="lab")
+    app.command("serve")(service.serve)
+    app.command("inspect")(service.inspect)
+    app.command("observe")(service.observe)
+    app.command("version")(service.show_version)
+    return app
+
+
+def run_cli(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit status. Prints errors; raises only bugs."""
+    from appliance.logs import configure_logs
+
+    JSON_WANTED.set(False)
+    try:
+        configure_logs("warning")
+        build_app()(args=list(argv), prog_name="hairpin")
+        return 0
+    except SystemExit as end:  # how typer ends, also after telling of wrong usage
+        return end.code if isinstance(end.code, int) else 1
+    except HairpinError as error:
+        print_error(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OutputClosed:
+        # Nothing more can be written: also not by the interpreter when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTPUT_CLOSED
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
