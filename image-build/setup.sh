@@ -11,7 +11,7 @@ set -euo pipefail
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin${PATH:+:$PATH}
 export PATH LC_ALL=C.UTF-8 HOME="${HOME:-/root}"
 umask 022
-cd "$(dirname "$(readlink -f "$0")")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 VENV=${VENV:-.venv}
 STAMP=$VENV/.hairpin-setup
@@ -253,4 +253,7 @@ main() {
     say "everything is in place"
 }
 
-main "$@"
+# Sourced by the tests, it only declares.
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    main "$@"
+fi

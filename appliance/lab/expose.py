@@ -10,12 +10,15 @@ Run as `python -m appliance.lab.expose PATH... -- COMMAND...`, as root, in a new
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import structlog
 
 import appliance
 from appliance.lab.plan import ROOT
@@ -86,6 +89,8 @@ def _cover(directory: Path, needed: Sequence[Path]) -> None:
 
 
 def main() -> None:
+    # What is printed belongs to the command that comes after.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     split = sys.argv.index("--")
     needed = [Path(path) for path in sys.argv[1:split]]
     argv = sys.argv[split + 1 :]

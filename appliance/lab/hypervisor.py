@@ -159,7 +159,7 @@ def add_plain_flow(state: LabState) -> None:
 def add_vm_port(state: LabState, vm: LabVm) -> None:
     """Put a VM's port on the switch and under the mirror."""
     args = [*build_port_args(vm)[1:], "--", f"--id=@{vm.interface}", "get", "Port", vm.interface]
-    args += ["--", "add", "Mirror", "observe", "select_src_port", f"@{vm.interface}"]
+    args += ["--", "add", "Mirror", "hairpin-observe", "select_src_port", f"@{vm.interface}"]
     run(state.vsctl_argv(args))
 
 

@@ -128,7 +128,7 @@ def _add_pair(
 
 def create_vm_link(state: LabState, vm: LabVm) -> None:
     """The VM's `eth0` with its addresses, and the other end in the hypervisor."""
-    pair = (SWITCH_MTU, VM_MTU)
+    pair = (VM_MTU, VM_MTU)
     _add_pair(state.hypervisor, vm.interface, vm.netns, vm.device, pair, vm.mac)
     with _open_namespace(vm.netns) as link:
         (index,) = link.link_lookup(ifname=vm.device)

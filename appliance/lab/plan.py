@@ -399,6 +399,6 @@ def build_mirror_args(vms: Sequence[LabVm]) -> list[str]:
     for vm in vms:
         args += ["--", f"--id=@{vm.interface}", "get", "Port", vm.interface]
         names.append(f"@{vm.interface}")
-    args += ["--", "--id=@mirror", "create", "Mirror", "name=observe", "output_port=@out"]
+    args += ["--", "--id=@mirror", "create", "Mirror", "name=hairpin-observe", "output_port=@out"]
     args += [f"select_src_port={','.join(names)}"]
     return [*args, "--", "set", "Bridge", BRIDGE, "mirrors=@mirror"]

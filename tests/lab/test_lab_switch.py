@@ -146,7 +146,7 @@ def test_a_vm_comes_moves_takes_an_address_and_goes(bare_lab: LabState) -> None:
     assert reaches(state, "web-1", added.address4)
     assert reaches(state, "web-1", added.address6)
     assert the_lab.find_ofport(state, added) == added.ofport
-    mirror = run(state.vsctl_argv(["get", "Mirror", "observe", "select_src_port"])).stdout
+    mirror = run(state.vsctl_argv(["get", "Mirror", "hairpin-observe", "select_src_port"])).stdout
     assert mirror.count(",") == len(bare_lab.vms)
 
     state = the_lab.move_vm(state, "extra")
