@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steering.errors import FieldError, WrongInput
-from steering.model import API_VERSION, Lane, Leg, Profile
+from steering.model import Lane, Leg, Profile
 
 Vlan = Annotated[int, Field(ge=1, le=4094)]
 QueueNumber = Annotated[int, Field(ge=0, le=65535)]
@@ -29,18 +29,19 @@ class SwitchSettings(Document):
     """The bridge that is steered, reached by connection strings as OVS writes them."""
 
     ovsdb: str = Field(
-        "unix:/run/openvswitch/db.sock",
+        default="unix:/run/openvswitch/db.sock",
         pattern=r"^(unix:/|ssl:|tcp:(127\.|\[::1\]))",
         description="OVSDB server: `unix:PATH`, or `ssl:HOST:PORT`; `tcp:` to loopback only.",
     )
-    bridge: str = Field("br-int", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$")
+    bridge: str = Field(default="br-int", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$")
     openflow: str = Field(
-        "unix:/run/openvswitch/br-int.mgmt",
+        default="unix:/run/openvswitch/br-int.mgmt",
         pattern=r"^(unix:/|ssl:|tcp:(127\.|\[::1\]))",
         description="The bridge's OpenFlow management connection.",
     )
     vswitchd: Path | None = Field(
-        None, description="ovs-vswitchd's control socket, for `ofproto/trace`; none over the network."
+        default=None,
+        description="ovs-vswitchd's control socket, for `ofproto/trace`; none over the network.",
     )
 
 
@@ -64,17 +65,21 @@ class LaneSettings(Document):
 class InspectionSettings(Document):
     """The engines: who they run as, what they are built on, how long they may take."""
 
-    user: str = Field("hairpin-engine", description="The user each engine runs as.")
+    user: str = Field(default="hairpin-engine", description="The user each engine runs as.")
     suricata: Path = Path("/usr/bin/suricata")
     netns: str | None = Field(
-        None, description="Network namespace of the service host (the lab's); none in the service VM."
+        default=None,
+        description="Network namespace of the service host (the lab's); none in the service VM.",
     )
     dialect: Literal["auto", "iptables", "nftables"] = Field(
-        "auto", description="How packets are queued; `auto` probes the kernel."
+        default="auto", description="How packets are queued; `auto` probes the kernel."
     )
-    require_hyperscan: bool = Field(True, alias="requireHyperscan")
+    require_hyperscan: bool = Field(default=True, alias="requireHyperscan")
     eve_limit_bytes: int = Field(
-        256 * 2**20, alias="eveLimitBytes", ge=2**20, description="EVE files are rotated at this size."
+        default=256 * 2**20,
+        alias="eveLimitBytes",
+        ge=2**20,
+        description="EVE files are rotated at this size.",
     )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -84,19 +89,23 @@ class RuleSource(Document):
     """Where rules come from beside the starter rules: a `file://` or `https://` URL, or an index name."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9./_-]{0,63}$")
-    url: str | None = Field(None, pattern=r"^(file:///|https://)")
+    url: str | None = Field(default=None, pattern=r"^(file:///|https://)")
 
 
 class RulesSettings(Document):
-    starter: bool = Field(True, description="Take the starter rules in `suricata/rules`.")
+    starter: bool = Field(default=True, description="Take the starter rules in `suricata/rules`.")
     sources: tuple[RuleSource, ...] = ()
-    floor: int = Field(1, ge=1, description="A ruleset with fewer rules than this is refused.")
+    floor: int = Field(
+        default=1, ge=1, description="A ruleset with fewer rules than this is refused."
+    )
 
 
 class ApiSettings(Document):
-    listen: str = Field("127.0.0.1", description="Address to listen on; loopback unless changed.")
+    listen: str = Field(
+        default="127.0.0.1", description="Address to listen on; loopback unless changed."
+    )
     port: PortNumber = 8470
-    body_limit_bytes: int = Field(4 * 2**20, alias="bodyLimitBytes", ge=1024)
+    body_limit_bytes: int = Field(default=4 * 2**20, alias="bodyLimitBytes", ge=1024)
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -108,9 +117,9 @@ class SyslogExport(Document):
     transport: Literal["tcp", "tls"] = "tls"
     host: str
     port: PortNumber = 6514
-    ca_file: Path | None = Field(None, alias="caFile")
-    cert_file: Path | None = Field(None, alias="certFile")
-    key_file: Path | None = Field(None, alias="keyFile")
+    ca_file: Path | None = Field(default=None, alias="caFile")
+    cert_file: Path | None = Field(default=None, alias="certFile")
+    key_file: Path | None = Field(default=None, alias="keyFile")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -118,41 +127,44 @@ class SyslogExport(Document):
 class VisibilitySettings(Document):
     """Flow records of a mirror port by nfstream, in a process of its own."""
 
-    device: InterfaceName | None = Field(None, description="The mirror port's device; none: no records.")
+    device: InterfaceName | None = Field(
+        default=None, description="The mirror port's device; none: no records."
+    )
     netns: str | None = None
-    idle_seconds: int = Field(15, alias="idleSeconds", ge=1)
-    active_seconds: int = Field(60, alias="activeSeconds", ge=1)
+    idle_seconds: int = Field(default=15, alias="idleSeconds", ge=1)
+    active_seconds: int = Field(default=60, alias="activeSeconds", ge=1)
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Settings(Document):
-    api_version: Literal["hairpin/v1"] = Field(API_VERSION, alias="apiVersion")
+    api_version: Literal["hairpin/v1"] = Field(default="hairpin/v1", alias="apiVersion")
     kind: Literal["Settings"] = "Settings"
-    name: str = Field("hairpin", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
-    state_dir: Path = Field(Path("/var/lib/hairpin"), alias="stateDir")
-    run_dir: Path = Field(Path("/run/hairpin"), alias="runDir")
-    switch: SwitchSettings = SwitchSettings()
+    name: str = Field(default="hairpin", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+    state_dir: Path = Field(default=Path("/var/lib/hairpin"), alias="stateDir")
+    run_dir: Path = Field(default=Path("/run/hairpin"), alias="runDir")
+    switch: SwitchSettings = Field(default_factory=SwitchSettings)
     lanes: tuple[LaneSettings, ...] = Field(min_length=1, max_length=8)
-    inspection: InspectionSettings = InspectionSettings()
-    rules: RulesSettings = RulesSettings()
-    api: ApiSettings = ApiSettings()
+    inspection: InspectionSettings = Field(default_factory=InspectionSettings)
+    rules: RulesSettings = Field(default_factory=RulesSettings)
+    api: ApiSettings = Field(default_factory=ApiSettings)
     export: tuple[SyslogExport, ...] = ()
-    visibility: VisibilitySettings = VisibilitySettings()
+    visibility: VisibilitySettings = Field(default_factory=VisibilitySettings)
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     @model_validator(mode="after")
     def _lanes_do_not_share(self) -> Settings:
-        for what, values in {
-            "profile": [lane.profile for lane in self.lanes],
-            "vlan": [lane.vlan for lane in self.lanes],
-            "queue": [queue for lane in self.lanes for queue in lane.queues],
+        shared: dict[str, list[str]] = {
+            "profile": [str(lane.profile) for lane in self.lanes],
+            "vlan": [str(lane.vlan) for lane in self.lanes],
+            "queue": [str(queue) for lane in self.lanes for queue in lane.queues],
             "leg": [leg.interface for lane in self.lanes for leg in (lane.leg_a, lane.leg_b)],
             "device": [leg.device for lane in self.lanes for leg in (lane.leg_a, lane.leg_b)],
-        }.items():
+        }
+        for what, values in shared.items():
             if len(set(values)) != len(values):
-                raise ValueError(f"two lanes share a {what}: {', '.join(map(str, values))}")
+                raise ValueError(f"two lanes share a {what}: {', '.join(values)}")
         return self
 
     # Where things are, relative to the two directories: declared here and nowhere else.

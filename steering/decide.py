@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from steering.documents import MAX_FAULTS
 from steering.errors import FieldError
 from steering.membership import build_membership, build_zone_index, find_zones, is_in_zone
 from steering.model import (
@@ -194,11 +195,15 @@ def check_against_switch(
     Paths point into the List of `render_documents` (VMs, zones, policies, in their order).
     """
     found = {port.vm_id for port in ports if port.vm_id}
-    return (
+    faults = (
         *_check_records(policies, found),
         *_check_policies(policies, found, lanes),
         *_check_addresses(policies, ports),
     )
+    if len(faults) <= MAX_FAULTS:
+        return faults
+    more = FieldError("items", f"and {len(faults) - MAX_FAULTS} more faults")
+    return (*faults[:MAX_FAULTS], more)
 
 
 def _check_records(policies: PolicySet, found: set[str]) -> Iterator[FieldError]:

@@ -226,6 +226,10 @@ class ItemReader:
     def fault(self, path: str, reason: str) -> None:
         self._faults.add(self.number, path, f"{reason} ({self.label})" if self.label else reason)
 
+    def suggest(self, name: str, names: Iterable[str]) -> str:
+        """As the function of that name, while there is still room to tell a fault."""
+        return "" if self._faults.is_full else suggest(name, names)
+
     def mapping(
         self, value: object, path: str, required: Sequence[str], optional: Sequence[str] = ()
     ) -> Mapping[str, object] | None:
@@ -236,7 +240,7 @@ class ItemReader:
         known = (*required, *optional)
         for key in found:
             if key not in known:
-                reason = f"unknown key{suggest(str(key), known)}"
+                reason = f"unknown key{self.suggest(str(key), known)}"
                 self.fault(f"{path}.{_show_key(key)}", reason)
         for key in required:
             if key not in found:
@@ -296,6 +300,6 @@ class ItemReader:
         names = [choice.value for choice in choices]
         if isinstance(value, str) and value in names:
             return choices(value)
-        near = suggest(value, names) if isinstance(value, str) else ""
+        near = self.suggest(value, names) if isinstance(value, str) else ""
         self.fault(path, f"must be one of {', '.join(names)}, not {show(value)}{near}")
         return None

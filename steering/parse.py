@@ -11,7 +11,6 @@ from steering.documents import (
     ItemReader,
     parse_text,
     show,
-    suggest,
 )
 from steering.errors import FieldError, WrongInput
 from steering.fields import (
@@ -142,7 +141,7 @@ def _read_head(
         if kind == "List":
             reader.fault(f"{reader.path}.kind", "a List must be the only document")
         elif "kind" in item:
-            near = suggest(kind, KINDS) if isinstance(kind, str) else ""
+            near = reader.suggest(kind, KINDS) if isinstance(kind, str) else ""
             reason = f"must be one of {', '.join(KINDS)}, not {show(kind)}{near}"
             reader.fault(f"{reader.path}.kind", reason)
         return None

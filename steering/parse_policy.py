@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from steering.documents import ItemReader, show, suggest
+from steering.documents import ItemReader, show
 from steering.fields import (
     MAX_PEERS,
     MAX_PORTS,
@@ -96,7 +96,9 @@ def _read_peer(reader: ItemReader, item: object, path: str, names: Names) -> Pee
     if "zone" in found:
         zone = reader.text(found["zone"], f"{path}.zone", NAME, NAME_RULE)
         if zone is not None and zone not in names.zones:
-            reader.fault(f"{path}.zone", f"no Zone is named {zone}{suggest(zone, names.zones)}")
+            reader.fault(
+                f"{path}.zone", f"no Zone is named {zone}{reader.suggest(zone, names.zones)}"
+            )
             return None
         return Peer(zone=zone) if zone is not None else None
     vm = reader.text(found["vm"], f"{path}.vm", VM_ID, "the name or vm-id of a VM")
@@ -104,7 +106,7 @@ def _read_peer(reader: ItemReader, item: object, path: str, names: Names) -> Pee
         return None
     # A vm-id that no document declares is told from a misspelt name by its form alone.
     if vm not in names.machines and vm not in names.vm_ids and not UUID.fullmatch(vm):
-        reason = f"no VirtualMachine has the name or vmId {vm}{suggest(vm, names.machines)}"
+        reason = f"no VirtualMachine has the name or vmId {vm}{reader.suggest(vm, names.machines)}"
         reader.fault(f"{path}.vm", reason)
         return None
     return Peer(vm=vm)

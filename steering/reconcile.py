@@ -150,6 +150,11 @@ class Reconciler:
             problems=problems,
         )
 
+    @property
+    def mirrored_packets(self) -> int | None:
+        """What the switch sent to the mirror for flow records; None without one. Renewed every 5 s."""
+        return self._ovsdb.mirrored_packets
+
     async def read_counters(self) -> Counters:
         """Packets and bytes per policy, lane and drop reason. Raises SwitchError."""
         flows, groups = await asyncio.gather(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from appliance.alerts.attribute import Context
@@ -23,7 +23,7 @@ class Snapshot:
 
     at: float
     machines: tuple[Machine, ...] = ()
-    policies: PolicySet = PolicySet()
+    policies: PolicySet = field(default_factory=PolicySet)
     revision: int = 0
 
 

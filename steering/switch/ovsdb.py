@@ -26,7 +26,8 @@ log = structlog.get_logger("ovsdb")
 
 COLUMNS = {
     "Open_vSwitch": ["bridges", "ovs_version"],
-    "Bridge": ["name", "ports", "fail_mode", "datapath_type"],
+    "Bridge": ["name", "ports", "mirrors", "fail_mode", "datapath_type"],
+    "Mirror": ["name", "statistics"],
     "Port": ["name", "interfaces", "tag", "trunks", "vlan_mode"],
     "Interface": [
         "name",
@@ -126,6 +127,21 @@ def build_view(idl: Any, bridge_name: str, lanes: Sequence[Lane]) -> SwitchView:
     return SwitchView(observed, legs, True, fail_mode, version, bridge.datapath_type)
 
 
+def find_mirrored_packets(idl: Any, bridge_name: str) -> int | None:
+    """Packets sent to the bridge's mirrors for Hairpin's flow records; None without such a mirror.
+
+    They are mirrors whose name starts with ``hairpin`` (ovs-vswitchd.conf.db(5), Mirror).
+    """
+    counts = [
+        int(mirror.statistics.get("tx_packets", 0))
+        for bridge in _rows(idl, "Bridge")
+        if bridge.name == bridge_name
+        for mirror in bridge.mirrors
+        if mirror.name.startswith("hairpin")
+    ]
+    return sum(counts) if counts else None
+
+
 def _rows(idl: Any, table: str) -> list[Any]:
     return list(idl.tables[table].rows.values())
 
@@ -179,6 +195,7 @@ class OvsdbMonitor:
         self._bridge = bridge
         self._lanes = tuple(lanes)
         self._on_view = on_view
+        self.mirrored_packets: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ovsdb", daemon=True)
 
@@ -205,6 +222,7 @@ class OvsdbMonitor:
             helper.register_columns(table, columns)
         idl = ovs.db.idl.Idl(self._remote, helper, probe_interval=5000)
         last: SwitchView | None = None
+        seen = 0
         try:
             while not self._stop.is_set():
                 idl.run()
@@ -212,10 +230,13 @@ class OvsdbMonitor:
                     # The IDL reconnects silently and says so nowhere in public.
                     if not idl._session.is_connected():
                         raise SwitchError("the connection to OVSDB ended")
-                    view = build_view(idl, self._bridge, self._lanes)
-                    if view != last:
-                        last = view
-                        self._on_view(view)
+                    if idl.change_seqno != seen:
+                        seen = idl.change_seqno
+                        self.mirrored_packets = find_mirrored_packets(idl, self._bridge)
+                        view = build_view(idl, self._bridge, self._lanes)
+                        if view != last:
+                            last = view
+                            self._on_view(view)
                 poller = ovs.poller.Poller()
                 idl.wait(poller)
                 poller.timer_wait(200)  # so that a stop is seen

@@ -1,0 +1,148 @@
+"""Rule updates as a job: one at a time, its steps visible, engines reloaded and the reload judged."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from appliance.api import documents as doc
+from appliance.inspection.publish import EngineState, InspectionState
+from appliance.inspection.socket import check_reload, reload_rules
+from appliance.management.render import build_lane_rules
+from appliance.rules.model import ReloadVerdict, UpdateReport
+from appliance.rules.pipeline import RulePipeline
+from appliance.settings import Settings
+from steering.errors import HairpinError
+from steering.model import Lane
+
+log = structlog.get_logger("rules")
+
+Record = Callable[[str, str, str], Awaitable[None]]
+"""kind, severity, message: an event for the store."""
+
+
+class RuleWork:
+    """The rule pipeline as the API sees it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pipeline: RulePipeline,
+        read_inspection: Callable[[], InspectionState | None],
+        record: Record,
+    ) -> None:
+        self._settings = settings
+        self._lanes = settings.build_lanes()
+        self.pipeline = pipeline
+        self._read_inspection = read_inspection
+        self._record = record
+        self._job = doc.UpdateJob(state="idle")
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def job(self) -> doc.UpdateJob:
+        return self._job
+
+    def start(self) -> doc.UpdateJob:
+        """Start an update, unless one runs."""
+        if self._task is None or self._task.done():
+            self._job = doc.UpdateJob(
+                state="running", step="starting", started_at=doc.build_time(time.time())
+            )
+            self._task = asyncio.create_task(self._update(), name="rules update")
+        return self._job
+
+    async def close(self) -> None:
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def build_status(self) -> tuple[doc.LaneRules, ...]:
+        """The ruleset in force on each lane; counts are what the running engine says."""
+        state = {one.profile: one for one in self.pipeline.read_state().profiles}
+        inspection = self._read_inspection()
+        engines = {lane.number: lane for lane in inspection.lanes} if inspection else {}
+        return tuple(
+            build_lane_rules(
+                lane,
+                state[lane.profile],
+                engines[lane.number].rules_loaded if lane.number in engines else 0,
+                engines[lane.number].rules_failed if lane.number in engines else 0,
+            )
+            for lane in self._lanes
+            if lane.profile in state
+        )
+
+    async def _update(self) -> None:
+        try:
+            report = await self.pipeline.update(self._note, self._reload)
+        except HairpinError as fault:
+            self._end("failed", reason=fault.reason, mend=fault.mend)
+            await self._record("rules.failed", "error", f"rules not updated: {fault.reason}")
+        except Exception as fault:
+            log.exception("rules update failed")
+            self._end("failed", reason=f"{type(fault).__name__}: {fault}")
+            raise
+        else:
+            await self._finish(report)
+
+    async def _finish(self, report: UpdateReport) -> None:
+        refused = "; ".join(
+            f"{one.profile}: {one.refused}" for one in report.profiles if one.refused
+        )
+        changed = any(one.changed.any and one.in_force for one in report.profiles)
+        if refused:
+            self._end(
+                "failed", changed=changed, reason=refused, mend="the last good rules are in force"
+            )
+            await self._record("rules.refused", "error", f"an engine refused its rules: {refused}")
+            return
+        self._end("succeeded", changed=changed)
+        counts = ", ".join(
+            f"{one.profile} {one.loaded} ({one.drops} drop, {one.left_out_count} left out)"
+            for one in report.profiles
+        )
+        await self._record("rules.updated", "info", f"rules in force: {counts}")
+
+    def _note(self, step: str) -> None:
+        self._job = self._job.model_copy(update={"step": step[:500]})
+
+    def _end(self, state: str, *, changed: bool = False, reason: str = "", mend: str = "") -> None:
+        self._job = doc.UpdateJob.model_validate(
+            {
+                "state": state,
+                "step": self._job.step,
+                "started_at": self._job.started_at,
+                "ended_at": doc.build_time(time.time()),
+                "changed": changed,
+                "reason": reason[:2000],
+                "mend": mend[:2000],
+                "lanes": self.build_status(),
+            }
+        )
+
+    async def _reload(self, profile: str, path: Path) -> ReloadVerdict:
+        """Ask the lane's engine to load what was put in force, and judge what it did."""
+        lane = next((lane for lane in self._lanes if lane.profile == profile), None)
+        if lane is None:
+            return ReloadVerdict(True)
+        if not self._is_running(lane):
+            # `hairpin inspect` starts it with the new rules, after testing them itself.
+            return ReloadVerdict(True, "the engine is not running; it starts with these rules")
+        try:
+            report = await reload_rules(self._settings.engine_socket(lane))
+        except HairpinError as fault:
+            return ReloadVerdict(False, fault.reason)
+        faults = check_reload(report, self._settings.rules.floor)
+        return ReloadVerdict(not faults, "; ".join(faults))
+
+    def _is_running(self, lane: Lane) -> bool:
+        inspection = self._read_inspection()
+        engines = inspection.lanes if inspection else ()
+        return any(
+            one.number == lane.number and one.state is EngineState.RUNNING for one in engines
+        )
