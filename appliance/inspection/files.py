@@ -17,8 +17,8 @@ from steering.errors import HairpinError
 MANAGEMENT_GROUP = "hairpin"
 """Group of the management service: reads EVE files, speaks to the command sockets."""
 LOG_LIMIT = 4 * 2**20
-EVE_KEPT = 4
-"""Rotated EVE files that are kept; a reader that is this far behind has lost events."""
+EVE_KEPT = 8
+"""Rotated EVE files that are kept. The reader deletes what it has read: one more is lost unread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,15 @@ def find_owner(user: str) -> Owner:
 
 
 def write_lane_directory(directory: Path, owner: Owner) -> None:
-    """Make a lane's directory: the engine writes, the management group reads, nobody else looks in.
+    """Make a lane's directory, where the engine and the management group write and nobody else looks.
+
+    The management service deletes the rotated EVE files that it has read.
 
     Set-group-id, so that every file and socket the engine makes belongs to the group. Raises OSError.
     """
     directory.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    directory.mkdir(exist_ok=True, mode=0o750)
-    _write_owner(directory, owner, 0o2750)
+    directory.mkdir(exist_ok=True, mode=0o770)
+    _write_owner(directory, owner, 0o2770)
     scratch = directory / "test"
     scratch.mkdir(exist_ok=True)
     _write_owner(scratch, owner, 0o2750)
@@ -81,10 +83,10 @@ def read_fingerprint(path: Path) -> tuple[int, int, int, int] | None:
 
 
 def rotate_eve(eve: Path, limit: int) -> bool:
-    """Rename an EVE file that reached `limit` bytes and drop the oldest; True when it was renamed.
+    """Rename an EVE file that reached `limit` bytes; True when it was renamed.
 
     The engine keeps writing to the renamed file until it is told to reopen, so nothing is lost.
-    Names sort by age: eve.json.NANOSECONDS.
+    The new name is eve.json.NANOSECONDS.
     """
     try:
         if eve.lstat().st_size < limit:
@@ -92,10 +94,15 @@ def rotate_eve(eve: Path, limit: int) -> bool:
         os.rename(eve, eve.with_name(f"{eve.name}.{time.time_ns()}"))
     except FileNotFoundError:
         return False
-    for old in find_rotated(eve)[:-EVE_KEPT]:
-        with contextlib.suppress(OSError):
-            old.unlink()
     return True
+
+
+def remove_unread(eve: Path, kept: int = EVE_KEPT) -> tuple[Path, ...]:
+    """Delete the oldest rotated EVE files beyond `kept`, so that the disk does not fill; those deleted."""
+    removed = find_rotated(eve)[:-kept]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
 
 
 def find_rotated(eve: Path) -> tuple[Path, ...]:

@@ -367,6 +367,12 @@ class LaneSupervisor:
         rotated = files.rotate_eve(self.paths.eve, self.settings.inspection.eve_limit_bytes)
         if rotated or not self.paths.eve.exists():
             await self._reopen_logs()
+        if lost := files.remove_unread(self.paths.eve):
+            self._note(
+                "events lost",
+                f"{len(lost)} EVE files were deleted unread, the last {lost[-1].name}",
+                "see why the management service does not read them (`hairpin doctor`)",
+            )
 
     async def _reopen_logs(self) -> None:
         try:

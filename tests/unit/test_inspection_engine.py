@@ -19,7 +19,7 @@ from appliance.inspection.config import (
     render_engine_config,
 )
 from appliance.inspection.faults import KEPT, FaultBook
-from appliance.inspection.files import find_rotated, read_log, rotate_eve, trim_log
+from appliance.inspection.files import find_rotated, read_log, remove_unread, rotate_eve, trim_log
 from appliance.inspection.process import parse_stat
 from appliance.inspection.publish import (
     EngineState,
@@ -383,16 +383,26 @@ def test_a_fault_keeps_its_beginning_and_is_told_a_while_after_it_was_mended():
     assert book.build(50.0) == (Fault(reason="gone again", since=50.0),)
 
 
-def test_eve_files_are_renamed_at_their_limit_and_the_oldest_go(tmp_path):
+def test_eve_files_are_renamed_at_their_limit_and_the_oldest_unread_go(tmp_path):
     eve = tmp_path / "eve.json"
     assert not rotate_eve(eve, 10)
     for round_ in range(6):
         eve.write_text(f"{round_}" * 10)
         assert rotate_eve(eve, 10)
         assert not eve.exists()
-    assert [path.read_text()[0] for path in find_rotated(eve)] == ["2", "3", "4", "5"]
     eve.write_text("short")
     assert not rotate_eve(eve, 10)
+    assert [path.read_text()[0] for path in find_rotated(eve)] == list("012345")
+    assert len(remove_unread(eve, kept=4)) == 2
+    assert [path.read_text()[0] for path in find_rotated(eve)] == list("2345")
+    assert remove_unread(eve, kept=4) == ()
+    assert eve.exists()
+
+
+def test_an_engine_that_gave_up_hyperscan_says_so_in_its_log():
+    told = "Warning: mpm: mpm-algo hs is not supported on this CPU, falling back to ac"
+    assert engine.find_matcher_fault(f"Info: x\n{told}\nInfo: y") == told
+    assert engine.find_matcher_fault("Info: threads: Threads created") is None
 
 
 def test_an_engine_log_is_emptied_under_a_writer_that_appends(tmp_path):
