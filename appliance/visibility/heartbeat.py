@@ -1,7 +1,7 @@
 """The frame that keeps nfstream's clock going on a quiet port.
 
-nfstream looks for expired flows only when an IP packet arrives. So a packet is sent into the
-capture device about once a second: IPv6 between two addresses of the discard-only block
+nfstream looks for expired flows only when an IP packet arrives. So packets are sent into the
+capture device all the time: IPv6 between two addresses of the discard-only block
 (RFC 6666), hop limit 1, UDP to the discard port (RFC 863), in a frame to a group address that
 no bridge forwards (IEEE 802.1Q, table 8-1). Its source MAC is drawn anew by each observer, so
 that no VM can dress its traffic up as a heartbeat and stay out of the records.

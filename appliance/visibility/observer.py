@@ -26,15 +26,20 @@ from appliance.visibility.group import Group, remove_group
 from appliance.visibility.heartbeat import build_frame, build_mac, find_beat
 from appliance.visibility.orientation import Orientation
 from appliance.visibility.port import MirrorPort
-from appliance.visibility.record import LINE_LIMIT, parse_record, render_record
+from appliance.visibility.record import LINE_LIMIT, build_name, parse_record, render_record
 from appliance.visibility.spool import Spool
 from appliance.visibility.state import Isolation, ObserverState, Totals, write_state
 from steering.errors import HairpinError, WrongInput
 
 log = structlog.get_logger("observe")
 
-BEAT_SECONDS = 1.0
+# nfstream expires at most 1,000 flows for each packet, so this is also how fast a quiet port tells.
+BEAT_SECONDS = 0.25
+# For the lag of records: more than an hour of beats.
+BEATS_KEPT = 16000
 STATE_SECONDS = 2.0
+SAID_LENGTH = 200
+SAID_KEPT = 100
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0)
 # A worker that lived this long did work: the next fault starts the backoff anew.
 SETTLED_SECONDS = 60.0
@@ -60,6 +65,7 @@ class Observer:
         self._spool = Spool(config.spool)
         self._mac = build_mac(os.urandom(6))
         self._affinity = os.sched_getaffinity(0)
+        self._said: set[str] = set()
         self._orientation = Orientation()
         self._started = time.time()
         self._beat = 0
@@ -100,9 +106,13 @@ class Observer:
         self._flows += 1
 
     def _take_report(self, worker: watch.Worker, line: bytes) -> None:
+        worker.aborted += watch.count_aborted(line)
         report = watch.parse_report(line)
         if report is None:
-            log.warning("nfstream", said=line[:300].decode(errors="replace").strip())
+            said = build_name(line.decode(errors="replace").strip(), SAID_LENGTH)
+            if said and said not in self._said and len(self._said) < SAID_KEPT:
+                self._said.add(said)
+                log.warning("nfstream says (told once)", said=said)
             return
         worker.take_report(report, self._beat, time.monotonic())
         self._reset_affinity()
@@ -218,7 +228,7 @@ class Observer:
             self._beat += 1
             if self._port.send(build_frame(self._mac, self._beat)):
                 self._beats_sent[self._beat] = time.monotonic()
-            while len(self._beats_sent) > 1000:
+            while len(self._beats_sent) > BEATS_KEPT:
                 del self._beats_sent[next(iter(self._beats_sent))]
             await asyncio.sleep(BEAT_SECONDS)
 

@@ -116,9 +116,9 @@ class MeteredFlow(Protocol):
     requested_server_name: str
 
 
-def build_name(text: str | None) -> str:
-    """A name that came out of a packet, bounded and printable; what isn't becomes ``?``."""
-    return "".join(sign if sign.isprintable() else "?" for sign in (text or "")[:NAME_LIMIT])
+def build_name(text: str | None, limit: int = NAME_LIMIT) -> str:
+    """Text that came out of a packet, bounded and printable; what isn't becomes ``?``."""
+    return "".join(sign if sign.isprintable() else "?" for sign in (text or "")[:limit])
 
 
 def build_record(flow: MeteredFlow) -> FlowRecord:

@@ -35,7 +35,8 @@ class Totals(BaseModel):
     ``port`` is what the mirror port delivered to this host by the kernel's count. Of these,
     ``recorded`` are in flow records, ``in_flight`` in flows that have not expired, ``unmetered``
     belong to no flow (ARP and other non-IP, later fragments), ``dropped`` found the capture
-    buffer full, ``lost`` were in flight when a worker died. In packets all; ``flows`` are records.
+    buffer full, ``lost`` were in flight when a worker died or found no memory. In packets all;
+    ``flows`` are records in the spool, ``unwritten`` those that could not be written there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -132,7 +133,7 @@ def compare(first: Sample, last: Sample) -> MissReport:
         f"{last.totals.in_flight} packets are in flows that have not ended yet",
         f"{max(0, switch - (last.totals.port - first.totals.port))} never reached the port",
         f"{last.totals.dropped - first.totals.dropped} found the capture buffer full",
-        f"{last.totals.lost - first.totals.lost} were lost with a worker that died",
+        f"{last.totals.lost - first.totals.lost} were lost with a worker that died or had no memory",
     ]
     if seen > switch:
         parts.append("the observer's count is newer than the switch's")

@@ -24,9 +24,12 @@ class Report:
 
 
 def parse_report(line: bytes) -> Report | None:
-    """nfstream's report, None for anything else that it prints."""
+    """nfstream's report, None for anything else that it prints.
+
+    Its two processes share their standard output: a warning's text may stand before the report.
+    """
     try:
-        found = json.loads(line)
+        found = json.loads(line[max(0, line.find(b"{")) :])
         return Report(
             int(found["packets_processed"]) % _WRAP,
             int(found["packets_ignored"]) % _WRAP,
@@ -34,6 +37,11 @@ def parse_report(line: bytes) -> Report | None:
         )
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def count_aborted(line: bytes) -> int:
+    """How many packets a line of nfstream's standard output says it had no memory for."""
+    return line.count(b"Failed to allocate memory space for flow creation")
 
 
 def parse_beat(line: bytes) -> int | None:
@@ -52,7 +60,8 @@ class Worker:
 
     ``processed`` counts heartbeats too. Beats are numbered through all workers: ``first_beat`` is
     the first that this worker could meter, ``sent_beat`` the newest sent when it last reported,
-    ``last_beat`` the newest that came back as one of ``beats_recorded`` records.
+    ``last_beat`` the newest that came back as one of ``beats_recorded`` records. ``aborted`` are
+    packets for whose flow there was no memory.
     """
 
     started: float
@@ -60,6 +69,7 @@ class Worker:
     processed: int = 0
     ignored: int = 0
     dropped: int = 0
+    aborted: int = 0
     recorded: int = 0
     beats_recorded: int = 0
     sent_beat: int = 0
@@ -93,7 +103,7 @@ class Worker:
         """
         last = self.first_beat - 1 if self.last_beat is None else self.last_beat
         beats = self.beats_recorded + max(0, self.sent_beat - last)
-        return max(0, self.processed - self.recorded - beats)
+        return max(0, self.processed - self.recorded - self.aborted - beats)
 
 
 def find_fault(
@@ -102,7 +112,7 @@ def find_fault(
     """Why a worker must be replaced, None while it is well.
 
     nfstream does not notice the death of its worker (``has_worker`` is whether it has one). Two
-    proofs that it works: its packet counter moves (a heartbeat arrives each second), and heartbeats come
+    proofs that it works: its packet counter moves (heartbeats arrive all the time), and heartbeats come
     back as records. A record takes the idle timeout, and up to the active timeout more behind
     a long flow: nfstream's cache is kept in the order of creation.
     """
@@ -130,7 +140,7 @@ def build_totals(
         in_flight=worker.in_flight if worker else 0,
         unmetered=ended.unmetered + (worker.ignored if worker else 0),
         dropped=ended.dropped + (worker.dropped if worker else 0),
-        lost=ended.lost,
+        lost=ended.lost + (worker.aborted if worker else 0),
         flows=flows,
         unwritten=unwritten,
     )
@@ -143,6 +153,6 @@ def end_worker(ended: Totals, worker: Worker) -> Totals:
             "recorded": ended.recorded + worker.recorded,
             "unmetered": ended.unmetered + worker.ignored,
             "dropped": ended.dropped + worker.dropped,
-            "lost": ended.lost + worker.in_flight,
+            "lost": ended.lost + worker.aborted + worker.in_flight,
         }
     )

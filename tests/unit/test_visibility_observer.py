@@ -89,6 +89,16 @@ class TestWorker:
         worker.take_report(report(2**32 + 20), 0, 2)
         assert worker.processed == 2**32 + 20
 
+    def test_packets_without_memory_are_lost_not_in_flight(self) -> None:
+        worker = watch.Worker(started=0, first_beat=1)
+        worker.take_report(report(100), 0, 1)
+        worker.aborted = watch.count_aborted(
+            b"WARNING: Failed to allocate memory space for flow creation. Flow creation aborted.\n"
+        )
+        assert worker.in_flight == 99
+        assert watch.build_totals(Totals(lost=2), worker, 100, 0, 0).lost == 3
+        assert watch.end_worker(Totals(), worker).lost == 100
+
     def test_what_a_dead_worker_had_in_flight_is_lost(self) -> None:
         worker = watch.Worker(started=0, first_beat=1)
         worker.take_report(report(100, ignored=7, dropped=3), 0, 1)
@@ -148,6 +158,7 @@ def test_nfstreams_report_is_read() -> None:
         b'"packets_dropped_filtered_by_kernel": 1, "meters_packets_processing_balance": [19]}\n'
     )
     assert watch.parse_report(line) == watch.Report(19, 2, 1)
+    assert watch.parse_report(b"WARNING: no memory." + line) == watch.Report(19, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +182,7 @@ class TestCompare:
             missed_packets=30,
             missed_ratio=0.3,
             note="20 packets are in flows that have not ended yet; 10 never reached the port; "
-            "8 found the capture buffer full; 12 were lost with a worker that died",
+            "8 found the capture buffer full; 12 were lost with a worker that died or had no memory",
         )
 
     def test_nothing_passed(self) -> None:
