@@ -97,21 +97,21 @@ def load_event(text: str) -> dict[str, Any]:
     return event
 
 
-def find_resumption(line: bytes) -> bytes | None:
-    """The event that follows a torn one in the same line, or None.
+def split_torn(line: bytes) -> tuple[bytes, bytes] | None:
+    """What a line holds before and from the event that begins last in it; None when it is one.
 
     A full disk (or a killed engine) tears a line; the next event is then written right behind it.
     Inside a JSON string every quote is escaped, so the start that is looked for can't come from
     traffic.
     """
     start = line.rfind(_EVENT_START)
-    return line[start:] if start > 0 else None
+    return (line[:start], line[start:]) if start > 0 else None
 
 
 def shrink_event(event: Mapping[str, Any], limit: int) -> tuple[str, tuple[str, ...]]:
     """``event`` as ASCII JSON of at most ``limit`` bytes, and what was left out (`BULKY`) for it.
 
-    When even the core is too long, only `timestamp`, `event_type` and an empty `alert` are left.
+    When even without all of those it is too long, only `event_type` is left, and ``*`` is told.
     """
     kept: dict[str, Any] = dict(event)
     omitted: list[str] = []

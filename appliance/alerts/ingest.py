@@ -25,7 +25,7 @@ from appliance.alerts.attribute import (
     attribute,
     leave_unattributed,
 )
-from appliance.alerts.eve import find_resumption, parse_event
+from appliance.alerts.eve import parse_event, split_torn
 from appliance.alerts.history import find_rows, record_event, record_repeated
 from appliance.alerts.model import EveAlert, Malformed
 from appliance.alerts.query import find_latest_alert_id
@@ -302,15 +302,12 @@ class Ingest:
 
 
 def parse_line(line: bytes) -> tuple[EveAlert | Malformed, ...]:
-    """What a line holds: nothing for other events, one alert, or a torn one and what follows it."""
+    """What a line holds: nothing for other events, one alert, or a torn event and one behind it."""
     event = parse_event(line)
-    if event is None:
-        return ()
-    resumed = find_resumption(line) if isinstance(event, Malformed) else None
-    if resumed is None:
-        return (event,)
-    following = parse_event(resumed)
-    return (event,) if following is None else (event, following)
+    torn = split_torn(line) if isinstance(event, Malformed) else None
+    # The part before may be whole, and only its newline missing.
+    events = (event,) if torn is None else tuple(map(parse_event, torn))
+    return tuple(event for event in events if event is not None)
 
 
 def commit_batch(

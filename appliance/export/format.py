@@ -27,7 +27,8 @@ def render_message(alert: Alert, hostname: str, limit: int = MESSAGE_LIMIT) -> b
     """The alert as an RFC 5424 message without framing, ASCII, at most ``limit`` bytes.
 
     The JSON is the engine's event with a `hairpin` object. Members of the event that would make
-    the message too long are left out and named in `hairpin.omitted`.
+    the message too long are left out and named in `hairpin.omitted`; ``*`` there says that only
+    the event's core was kept.
     """
     priority = FACILITY * 8 + _SEVERITIES.get(alert.signature.severity, _INFORMATIONAL)
     header = (
@@ -42,7 +43,10 @@ def render_json(alert: Alert, limit: int) -> str:
     hairpin = build_hairpin(alert)
     # Room for the object itself, for the key before it, and for the names of what is left out.
     room = limit - len(_render(hairpin)) - 400
-    text, omitted = shrink_event(load_event(alert.raw), room)
+    event = {key: value for key, value in load_event(alert.raw).items() if key != "hairpin"}
+    text, omitted = shrink_event(event, room)
+    if omitted == ("*",):
+        text = _render(_build_core(alert))
     if omitted:
         hairpin["omitted"] = list(omitted)
     return f'{text[:-1]},"hairpin":{_render(hairpin)}}}'
@@ -67,6 +71,26 @@ def build_hairpin(alert: Alert) -> dict[str, Any]:
 def frame_message(message: bytes) -> bytes:
     """Octet counting: the length in ASCII digits, a space, the message."""
     return b"%d %s" % (len(message), message)
+
+
+def _build_core(alert: Alert) -> dict[str, Any]:
+    """For an event that can't be made to fit: what names it, from what was stored of it."""
+    return {
+        "timestamp": render_time(alert.at),
+        "event_type": "alert",
+        "src_ip": alert.source.address,
+        "src_port": alert.source.port,
+        "dest_ip": alert.destination.address,
+        "dest_port": alert.destination.port,
+        "proto": alert.protocol,
+        "alert": {
+            "gid": alert.signature.gid,
+            "signature_id": alert.signature.sid,
+            "rev": alert.signature.rev,
+            "signature": alert.signature.text[:128],
+            "severity": alert.signature.severity,
+        },
+    }
 
 
 def _build_end(end: Endpoint) -> dict[str, Any] | None:

@@ -139,6 +139,10 @@ class Connection:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
+        with contextlib.suppress(OSError):
+            # What the receiver has not taken is sent again later; closing must not wait for it.
+            if self.count_unacknowledged():
+                self._socket_transport.abort()
         self._writer.close()
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(2):

@@ -14,11 +14,11 @@ from appliance.alerts.eve import (
     PAYLOAD_LIMIT,
     RAW_LIMIT,
     find_cves,
-    find_resumption,
     load_event,
     normalise_address,
     parse_event,
     shrink_event,
+    split_torn,
 )
 from appliance.alerts.ingest import parse_line
 from appliance.alerts.model import EveAlert, Malformed, Opener, Verdict
@@ -161,17 +161,24 @@ def test_every_field_is_bounded_and_printable() -> None:
 
 def test_an_event_behind_a_torn_one_is_found() -> None:
     torn, whole = render_eve()[:300], render_eve(src_port=41000)
-    assert find_resumption(torn + whole) == whole
+    assert split_torn(torn + whole) == (torn, whole)
     fault, alert = parse_line(torn + whole)
     assert isinstance(fault, Malformed)
     assert isinstance(alert, EveAlert)
     assert alert.source_port == 41000
 
 
+def test_an_event_that_lacks_only_its_newline_is_kept() -> None:
+    first, second = parse_line(render_eve(src_port=1) + render_eve(src_port=2))
+    assert isinstance(first, EveAlert)
+    assert isinstance(second, EveAlert)
+    assert (first.source_port, second.source_port) == (1, 2)
+
+
 def test_traffic_cannot_forge_an_event_in_a_torn_line() -> None:
     forged = render_eve(src_ip="10.66.66.66").decode()
     line = render_eve(payload_printable=forged)
-    assert find_resumption(line) is None
+    assert split_torn(line) is None
     assert len(parse_line(line[:-1])) == 1
 
 

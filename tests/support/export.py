@@ -1,0 +1,53 @@
+"""Alerts for exporters: stored straight into a database, numbered by it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from sqlite_utils import Database
+
+from appliance.alerts.attribute import Attributed
+from appliance.alerts.eve import parse_event
+from appliance.alerts.model import Endpoint, EveAlert, Opener
+from appliance.alerts.rows import build_alert_row, insert_sql
+from appliance.alerts.store import Store
+from tests.support.eve import render_eve
+from tests.support.worlds import LANES
+
+ATTRIBUTED = Attributed(
+    Endpoint("10.9.0.1", 40000, "vm-1", "web1", ("web",)),
+    Endpoint("10.9.0.2", 80, "vm-2", "app1", ("app",)),
+    Opener.SOURCE,
+    "web-to-app",
+    7,
+    (),
+)
+
+
+class Alerts:
+    """A store with a producer of alerts and the notice of new ones that exporters wait for."""
+
+    def __init__(self, path: Path) -> None:
+        self.store = Store(path)
+        self.latest = 0
+        self._condition = asyncio.Condition()
+        event = parse_event(render_eve())
+        assert isinstance(event, EveAlert)
+        self._event = event
+
+    async def add(self, count: int) -> None:
+        def insert(db: Database) -> None:
+            for number in range(self.latest, self.latest + count):
+                row = build_alert_row(self._event, ATTRIBUTED, LANES[0], 5.0, (1, number, 0))
+                db.execute(insert_sql("alerts", row), row)
+
+        await self.store.write(insert)
+        async with self._condition:
+            self.latest += count
+            self._condition.notify_all()
+
+    async def wait_newer(self, last_id: int) -> int:
+        async with self._condition:
+            await self._condition.wait_for(lambda: self.latest > last_id)
+            return self.latest
