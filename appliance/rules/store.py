@@ -98,9 +98,11 @@ class RuleStore:
                 ) from held
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(mode=0o700)
-            yield staging
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
             os.close(handle)
 
     def profile_dir(self, profile: Profile) -> Path:
