@@ -1,0 +1,472 @@
+"""The management service: what the API asks, answered from steering, store, rules and inspection."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, TypeVar
+
+import structlog
+
+from appliance.alerts import query as stored
+from appliance.alerts.history import (
+    find_rows,
+    load_revision,
+    record_applied,
+    record_event,
+    record_revision,
+)
+from appliance.alerts.ingest import Ingest
+from appliance.alerts.model import Verdict
+from appliance.alerts.store import Store
+from appliance.api import documents as doc
+from appliance.api import queries as ask
+from appliance.api.control import (
+    AlertBatch,
+    IfMatch,
+    NotFound,
+    PolicyRevision,
+    check_match,
+)
+from appliance.export.exporter import Exporter
+from appliance.inspection.publish import InspectionState
+from appliance.management import render
+from appliance.management.flows import FlowIngest
+from appliance.management.health import Facts, build_health, is_inspecting
+from appliance.management.knowledge import Knowledge, Snapshot
+from appliance.management.rulework import RuleWork
+from appliance.settings import Settings
+from appliance.version import find_version
+from appliance.visibility.state import Sample, build_sample, compare, is_fresh, read_state
+from steering.coverage import build_coverage
+from steering.decide import Connection
+from steering.errors import FieldError, HairpinError, WrongInput
+from steering.explain import explain
+from steering.model import Lane, MachineRecord, PolicySet
+from steering.parse import parse_documents, parse_objects, render_documents
+from steering.reconcile import Reconciler
+
+log = structlog.get_logger("management")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """The policies in force. ``number`` 0: none were ever applied."""
+
+    number: int
+    policies: PolicySet
+
+    @property
+    def etag(self) -> str:
+        text = json.dumps(render_documents(self.policies), sort_keys=True)
+        return f"r{self.number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+async def load_in_force(store: Store) -> InForce:
+    """The newest revision that was applied."""
+
+    def load(db: Any) -> InForce:
+        rows = find_rows(
+            db, "SELECT max(number) AS number FROM revisions WHERE applied_at IS NOT NULL", ()
+        )
+        number = rows[0]["number"] if rows else None
+        revision = load_revision(db, number) if number is not None else None
+        if revision is None:
+            return InForce(0, PolicySet())
+        return InForce(revision.number, parse_objects(revision.documents))
+
+    return await store.read(load)
+
+
+class Management:
+    """Implements `appliance.api.control.Control`; its parts are made and run by `appliance.app`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        store: Store,
+        reconciler: Reconciler,
+        knowledge: Knowledge,
+        ingest: Ingest,
+        flows: FlowIngest,
+        exporters: Sequence[Exporter],
+        rules: RuleWork,
+        in_force: InForce,
+        read_inspection: Callable[[], InspectionState | None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._reconciler = reconciler
+        self._knowledge = knowledge
+        self._ingest = ingest
+        self._flows = flows
+        self._exporters = tuple(exporters)
+        self._rules = rules
+        self._in_force = in_force
+        self._read_inspection = read_inspection
+        self._started = time.time()
+        self._change = asyncio.Lock()
+        self._first_sample: Sample | None = None
+
+    # Health
+
+    def _facts(self) -> Facts:
+        return Facts(
+            name=self._settings.name,
+            version=find_version(),
+            now=time.time(),
+            started_at=self._started,
+            revision=self._in_force.number,
+            policies=self._in_force.policies,
+            switch=self._reconciler.status,
+            lanes=self._reconciler.lanes,
+            forwarding={
+                lane.name: self._reconciler.is_forwarding(lane) for lane in self._reconciler.lanes
+            },
+            inspection=self._read_inspection(),
+            rules=self._rules.pipeline.read_state(),
+            ingest=self._ingest.status(),
+            exporters=tuple(exporter.status() for exporter in self._exporters),
+            flows_fault=self._flows.fault,
+        )
+
+    async def read_health(self) -> doc.Health:
+        return build_health(self._facts())
+
+    # VMs
+
+    async def find_vms(self) -> doc.VmList:
+        machines = self._reconciler.machines()
+        found = {machine.vm_id for machine in machines}
+        return doc.VmList(
+            items=(
+                *(
+                    render.build_vm(
+                        machine, self._knowledge.find_addresses(machine.vm_id), in_scope=True
+                    )
+                    for machine in machines
+                ),
+                *(
+                    render.build_absent_vm(record)
+                    for record in self._in_force.policies.machines
+                    if record.vm_id not in found
+                ),
+            )
+        )
+
+    async def edit_vm(
+        self, vm_id: str, edit: doc.VmEdit, if_match: IfMatch, *, dry_run: bool
+    ) -> doc.PlanReport:
+        policies = self._in_force.policies
+        records = {record.vm_id: record for record in policies.machines}
+        found = {machine.vm_id: machine for machine in self._reconciler.machines()}
+        if vm_id not in records and vm_id not in found:
+            raise NotFound(f"no VM {vm_id}", "`hairpin vms` lists those that are known")
+        record = records.get(vm_id) or MachineRecord(vm_id, found[vm_id].name)
+        edited = replace(
+            record,
+            name=record.name if edit.name is None else edit.name,
+            tags=record.tags if edit.tags is None else dict(edit.tags),
+        )
+        machines = tuple({**records, vm_id: edited}.values())
+        document = render_documents(replace(policies, machines=machines))
+        return await self.put_policies(json.dumps(document), if_match, dry_run=dry_run)
+
+    # Policies
+
+    async def read_policies(self) -> PolicyRevision:
+        documents = doc.PolicyDocuments.model_validate(render_documents(self._in_force.policies))
+        return PolicyRevision(documents, self._in_force.number, self._in_force.etag)
+
+    async def put_policies(self, text: str, if_match: IfMatch, *, dry_run: bool) -> doc.PlanReport:
+        began = time.monotonic()
+        async with self._change:
+            check_match(if_match, self._in_force.etag)
+            policies = await asyncio.to_thread(parse_documents, text)
+            before = self._in_force.policies
+            plan = await self._reconciler.plan(policies)
+            now_in_force = self._in_force
+            bundle = plan.bundle
+            if not dry_run:
+                documents = render_documents(policies)
+                at = time.time()
+                number = await self._store.write(
+                    lambda db: record_revision(db, at, "api", documents)
+                )
+                applied = await self._reconciler.apply(policies)
+                bundle, done = applied.bundle, time.time()
+                report = {"seconds": applied.seconds, "changes": len(bundle.changes)}
+                self._in_force = now_in_force = InForce(number, policies)
+                self._note_snapshot()
+                await self._store.write(lambda db: record_applied(db, number, done, report))
+                await self._record(
+                    "policy.applied",
+                    "info",
+                    f"revision {number} is on the switch: {len(bundle.changes)} changes in "
+                    f"{applied.seconds:.3f} s",
+                )
+            pairs = await asyncio.to_thread(
+                lambda: render.build_pair_changes(
+                    build_coverage(before, self._reconciler.machines(before)),
+                    build_coverage(policies, self._reconciler.machines(policies)),
+                )
+            )
+        return doc.PlanReport(
+            revision=now_in_force.number,
+            etag=now_in_force.etag,
+            applied=not dry_run,
+            seconds=time.monotonic() - began,
+            summary=render.build_plan_summary(bundle),
+            changes=render.build_changes(bundle),
+            pairs=pairs,
+            warnings=self._build_warnings(policies, len(bundle.changes)),
+        )
+
+    def _build_warnings(self, policies: PolicySet, changes: int) -> tuple[str, ...]:
+        warnings = []
+        if changes > render.CHANGES_LIMIT:
+            warnings.append(
+                f"only the first {render.CHANGES_LIMIT} of {changes} changes are listed"
+            )
+        facts = replace(self._facts(), policies=policies)
+        warnings += [
+            f"lane {lane.name} does not inspect right now: its policies fail as onFailure says"
+            for lane in facts.lanes
+            if not is_inspecting(facts, lane)
+        ]
+        return (*warnings, *self._reconciler.status.problems)
+
+    def _note_snapshot(self) -> None:
+        self._knowledge.add(
+            Snapshot(
+                time.time(),
+                self._reconciler.machines(),
+                self._in_force.policies,
+                self._in_force.number,
+            )
+        )
+
+    def note_machines(self) -> None:
+        """VMs came, went or moved: what is known from now on. Ends the holdings of those that went."""
+        before = {machine.vm_id for machine in self._knowledge.now.machines}
+        self._note_snapshot()
+        for vm_id in before - {machine.vm_id for machine in self._knowledge.now.machines}:
+            self._knowledge.drop_machine(vm_id, time.time())
+
+    # Coverage and explain
+
+    async def read_coverage(self, query: ask.CoverageQuery) -> doc.Coverage:
+        machines = self._reconciler.machines()
+        coverage = await asyncio.to_thread(build_coverage, self._in_force.policies, machines)
+        pairs = [
+            pair
+            for pair in coverage.pairs
+            if (query.status is None or pair.status == query.status)
+            and (
+                query.vm is None
+                or query.vm
+                in (
+                    pair.source.name,
+                    pair.source.vm_id,
+                    pair.destination.name,
+                    pair.destination.vm_id,
+                )
+            )
+        ]
+        page, following = _cut_page(pairs, query.cursor, query.limit)
+        health = build_health(self._facts())
+        return doc.Coverage(
+            summary=render.build_coverage_summary(coverage),
+            gaps=tuple(
+                doc.CoverageGap(reason=problem.reason, mend=problem.mend)
+                for problem in health.problems
+            ),
+            items=tuple(render.build_pair(pair) for pair in page),
+            next=following,
+        )
+
+    async def explain(self, query: ask.ExplainQuery) -> doc.Explanation:
+        connection = Connection(query.family, query.protocol, query.port)
+        found = explain(
+            self._in_force.policies,
+            self._reconciler.machines(),
+            self._reconciler.lanes,
+            query.source,
+            query.destination,
+            connection,
+        )
+        facts = self._facts()
+        return render.build_explanation(
+            found, inspecting=found.lane is not None and is_inspecting(facts, found.lane)
+        )
+
+    # Rules
+
+    async def read_rules(self) -> doc.RulesStatus:
+        return doc.RulesStatus(lanes=self._rules.build_status())
+
+    async def find_rules(self, query: ask.RuleQuery) -> doc.RulePage:
+        lanes = [
+            lane for lane in self._settings.build_lanes() if query.lane in (None, lane.profile)
+        ]
+        start = _parse_cursor(query.cursor)
+        wanted = start + query.limit + 1
+
+        def find(lane: Lane) -> list[doc.Rule]:
+            found = self._rules.pipeline.find_rules(
+                lane.profile, sid=query.sid, cve=query.cve, limit=wanted
+            )
+            return [render.build_rule(lane, info) for info in found]
+
+        rules = [rule for lane in lanes for rule in await asyncio.to_thread(find, lane)]
+        page, following = _cut_page(rules, query.cursor, query.limit)
+        return doc.RulePage(items=tuple(page), next=following)
+
+    async def start_rules_update(self) -> doc.UpdateJob:
+        return self._rules.start()
+
+    async def read_rules_update(self) -> doc.UpdateJob:
+        return self._rules.job
+
+    # Alerts, flows, events
+
+    async def find_alerts(self, query: ask.AlertQuery) -> doc.AlertPage:
+        page = await stored.find_alerts(
+            self._store, _build_alert_filter(query), query.cursor, limit=query.limit
+        )
+        return doc.AlertPage(
+            items=tuple(map(render.build_alert, page.items)), next=page.next_cursor
+        )
+
+    async def find_alert(self, alert_id: int) -> doc.AlertDetail:
+        alert = await stored.find_alert(self._store, alert_id)
+        if alert is None:
+            raise NotFound(f"no alert {alert_id}", "`hairpin alerts` lists those that are stored")
+        return render.build_alert_detail(alert)
+
+    async def read_alerts_after(
+        self, after: int | None, wanted: ask.AlertFilter, limit: int
+    ) -> AlertBatch:
+        newest = await stored.find_latest_alert_id(self._store)
+        if after is None:
+            return AlertBatch((), newest)
+        page = await stored.find_alerts(
+            self._store, _build_alert_filter(wanted), str(after), limit=limit, ascending=True
+        )
+        last = page.items[-1].id if page.next_cursor is not None else max(after, newest)
+        last = max(last, page.items[-1].id if page.items else 0)
+        return AlertBatch(tuple(map(render.build_alert, page.items)), last)
+
+    async def wait_for_alerts(self, after: int) -> None:
+        await self._ingest.wait_newer(after)
+
+    async def find_flows(self, query: ask.FlowQuery) -> doc.FlowPage:
+        wanted = stored.FlowFilter(
+            vm=query.vm,
+            address=query.address,
+            port=query.port,
+            application=query.application,
+            treatment=query.treatment,
+            since=_seconds(query.since),
+            until=_seconds(query.until),
+        )
+        page = await stored.find_flows(self._store, wanted, query.cursor, limit=query.limit)
+        return doc.FlowPage(
+            items=tuple(map(render.build_flow, page.items)),
+            next=page.next_cursor,
+            accounting=self._build_accounting(),
+        )
+
+    def _take_sample(self) -> Sample | None:
+        switch = self._reconciler.mirrored_packets
+        try:
+            state = read_state(self._settings.flow_spool.parent / "state.json")
+        except HairpinError:
+            return None
+        if state is None or switch is None or not is_fresh(state, time.time()):
+            return None
+        return build_sample(state, switch)
+
+    def _build_accounting(self) -> doc.FlowAccounting | None:
+        """What the records miss, by the switch's count; since the observer started to be watched."""
+        last = self._take_sample()
+        first = self._first_sample
+        if last is None:
+            return None
+        if (
+            first is None
+            or first.started != last.started
+            or first.switch_packets > last.switch_packets
+        ):
+            self._first_sample = last
+            return None
+        report = compare(first, last)
+        return doc.FlowAccounting(
+            since=doc.build_time(first.at),
+            until=doc.build_time(last.at),
+            switch_packets=report.switch_packets,
+            recorded_packets=report.seen_packets,
+            missed_packets=report.missed_packets,
+            missed_percent=min(100.0, report.missed_ratio * 100),
+        )
+
+    async def watch_accounting(self) -> None:
+        """Take the first sample as soon as there is one; until cancelled."""
+        while True:
+            self._build_accounting()
+            await asyncio.sleep(10)
+
+    async def find_events(self, query: ask.EventQuery) -> doc.EventPage:
+        wanted = stored.EventFilter(
+            kind=query.kind, since=_seconds(query.since), until=_seconds(query.until)
+        )
+        page = await stored.find_events(self._store, wanted, query.cursor, limit=query.limit)
+        return doc.EventPage(
+            items=tuple(map(render.build_event, page.items)), next=page.next_cursor
+        )
+
+    async def _record(self, kind: str, severity: str, message: str) -> None:
+        at = time.time()
+        await self._store.write(lambda db: record_event(db, at, kind, severity, message))
+
+
+def _seconds(moment: datetime | None) -> float | None:
+    return None if moment is None else moment.timestamp()
+
+
+def _build_alert_filter(query: ask.AlertFilter) -> stored.AlertFilter:
+    return stored.AlertFilter(
+        vm=query.vm,
+        address=query.address,
+        zone=query.zone,
+        policy=query.policy,
+        lane=str(query.lane) if query.lane else None,
+        verdict=Verdict(query.verdict) if query.verdict else None,
+        signature=query.sid,
+        cve=query.cve,
+        since=_seconds(query.since),
+        until=_seconds(query.until),
+    )
+
+
+def _parse_cursor(cursor: str | None) -> int:
+    if cursor is None:
+        return 0
+    if not cursor.isdecimal() or len(cursor) > 9:
+        raise WrongInput([FieldError("cursor", "not a cursor of this list")])
+    return int(cursor)
+
+
+def _cut_page(items: Sequence[T], cursor: str | None, limit: int) -> tuple[Sequence[T], str | None]:
+    """One page of a list that is made anew for each request; the cursor is a position in it."""
+    start = _parse_cursor(cursor)
+    end = start + limit
+    return items[start:end], str(end) if end < len(items) else None
