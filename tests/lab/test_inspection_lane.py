@@ -452,6 +452,32 @@ def test_a_killed_engine_is_back_within_a_second_and_flows_survive_inspected(lan
     assert get(by_payload, "/RAWATTACK") is None
 
 
+def test_a_transfer_in_progress_outlives_its_engine(lane_lab):
+    before = lane_lab.running()
+    connection = connect()
+    connection.sock.settimeout(15)
+    connection.request("GET", "/", headers={"Wanted": str(40 * 2**20)})
+    response = connection.getresponse()
+    received = len(response.read(2**20))
+    os.kill(before.pid, signal.SIGKILL)
+    received += len(response.read())
+    assert received == 40 * 2**20
+    assert lane_lab.running().pid != before.pid
+
+
+def test_a_flow_that_cannot_be_parsed_is_dropped_and_told(lane_lab):
+    lane_lab.running()
+    with in_namespace(A, lambda: socket.socket(socket.AF_INET)) as client:
+        client.settimeout(1.5)
+        client.connect(("10.97.0.2", 80))
+        client.sendall(b"SSH-2.0-x\r\n")
+        client.sendall(b"\xff" * 600)
+        with pytest.raises(TimeoutError):
+            client.recv(100)
+    reasons = wait_for(lambda: [event["drop"]["reason"] for event in lane_lab.events("drop")])
+    assert "applayer error" in reasons
+
+
 @pytest.mark.slow
 def test_a_hung_engine_is_replaced(lane_lab):
     before = lane_lab.running()
