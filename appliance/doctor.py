@@ -171,7 +171,7 @@ def check_machine(facts: Facts) -> Iterator[Finding]:
     )
     yield Finding(
         "disk",
-        facts.disk_free >= DISK_LEAST,
+        facts.disk_free >= DISK_ADVISED,
         "ok"
         if facts.disk_free >= DISK_ADVISED
         else "warn"

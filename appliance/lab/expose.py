@@ -5,7 +5,7 @@ Nothing is copied and no mode is changed: the process gets a mount namespace of 
 each directory that it may not enter is covered by an empty one that holds only what it needs,
 read-only. (systemd's ProtectHome=tmpfs with BindReadOnlyPaths does the same.)
 
-Run as `python -m appliance.lab.expose PATH... -- COMMAND...`, as root, in a new mount namespace.
+`main` runs as root, in a new mount namespace, with the arguments PATH... -- COMMAND...
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from appliance.lab.plan import ROOT
 from appliance.lab.processes import MARKER
 from steering.errors import HairpinError
 from steering.run import run
+
+# Not `-m`: the package imports this module before it would run.
+LAUNCH = (sys.executable, "-c", "from appliance.lab.expose import main; main()")
 
 
 def find_needed() -> tuple[Path, ...]:
@@ -72,7 +75,7 @@ def build_argv(argv: Sequence[str]) -> list[str]:
     if not find_covers(needed, is_enterable):
         return list(argv)
     unshare = ["unshare", "--mount", "--propagation", "private", "--"]
-    return [*unshare, sys.executable, "-m", __name__, *map(str, needed), "--", *argv]
+    return [*unshare, *LAUNCH, *map(str, needed), "--", *argv]
 
 
 def _cover(directory: Path, needed: Sequence[Path]) -> None:
@@ -98,7 +101,3 @@ def main() -> None:
     for directory, below in find_covers(needed, is_enterable).items():
         _cover(directory, below)
     os.execvp(argv[0], argv)  # noqa: S606 - becomes the process that the lab records
-
-
-if __name__ == "__main__":
-    main()

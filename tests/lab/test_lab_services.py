@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +65,10 @@ def test_a_tree_under_a_closed_directory_is_readable_and_nothing_beside_it(
     for above in (tmp_path, *tmp_path.parents):
         if not expose.is_enterable(above) and above != Path("/"):
             above.chmod(0o711)  # pytest's own directories are closed as well
-    unshare = ["unshare", "--mount", "--propagation", "private", "--", sys.executable]
+    unshare = ["unshare", "--mount", "--propagation", "private", "--"]
     as_user = ["setpriv", "--reuid=hairpin", "--regid=hairpin", "--init-groups", "--"]
     script = f"cat {needed}/code.py; ls {closed}; touch {needed}/x || echo refused"
-    argv = [*unshare, "-m", "appliance.lab.expose", str(needed), "--", *as_user, "sh", "-c", script]
+    argv = [*unshare, *expose.LAUNCH, str(needed), "--", *as_user, "sh", "-c", script]
     env = {**services.build_env(), processes.MARKER: bare_lab.name}
     before = Path("/proc/self/mounts").read_text()
     assert run(argv, env=env).stdout == "codedeep\nrefused\n"
