@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from appliance.settings import parse_settings
 from appliance.visibility.attribute import Evidence, attribute_flow
 from appliance.visibility.group import remove_groups
 from appliance.visibility.heartbeat import DST_MAC, SRC_ADDRESS
-from appliance.visibility.main import build_group_name
+from appliance.visibility.main import USER, build_confined, build_group_name
 from appliance.visibility.record import FlowRecord, parse_record
 from appliance.visibility.state import ObserverState, build_sample, compare, is_fresh, read_state
 from steering.model import Machine, Port
@@ -189,7 +192,7 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Switch]:
 class Observer:
     """`hairpin observe` as a process of its own."""
 
-    def __init__(self, switch: Switch, directory: Path, idle: int = 2, active: int = 10) -> None:
+    def __init__(self, switch: Switch, directory: Path, start: Sequence[str] = ()) -> None:
         legs = {
             "legA": {"interface": "a", "device": "a"},
             "legB": {"interface": "b", "device": "b"},
@@ -201,9 +204,9 @@ class Observer:
             "lanes": [{"profile": "prevent", "vlan": 100, "queues": [0], **legs}],
             "visibility": {
                 "device": "mir0",
-                "netns": switch.netns("mon"),
-                "idleSeconds": idle,
-                "activeSeconds": active,
+                "netns": None if start else switch.netns("mon"),
+                "idleSeconds": 2,
+                "activeSeconds": 10,
             },
         }
         self.settings = parse_settings(yaml.safe_dump(document))
@@ -215,7 +218,7 @@ class Observer:
             "from appliance.visibility.main import run_observe\n"
             "sys.exit(run_observe(read_settings(Path(sys.argv[1]))))"
         )
-        self.process = subprocess.Popen([sys.executable, "-c", code, str(file)])
+        self.process = subprocess.Popen([*(start or [sys.executable]), "-c", code, str(file)])
         self.known: set[psutil.Process] = set()
 
     def read_state(self) -> ObserverState | None:
@@ -372,6 +375,47 @@ def test_runs_with_the_least_it_needs(observer: Observer) -> None:
     else:
         inside = (Path(path) / "meter" / "cgroup.procs").read_text().split()
         assert sorted(map(int, inside)) == sorted(p.pid for p in members[1:])
+
+
+def find_python() -> list[str]:
+    """A Python that every user may run, with this project and what it needs."""
+    own = Path(sys.executable).resolve()
+    if all(folder.stat().st_mode & 1 for folder in (own, *own.parents)):
+        return [sys.executable]
+    system = shutil.which(f"python3.{sys.version_info.minor}", path="/usr/bin")
+    if system is None:
+        pytest.skip(f"no user but root may run {own}, and there is no other Python of its version")
+    return ["env", f"PYTHONPATH={os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}", system]
+
+
+def test_a_user_with_one_capability_can_start_it(switch: Switch) -> None:
+    user = pwd.getpwnam(USER)
+    directory = Path(tempfile.mkdtemp(prefix="vV-", dir="/tmp"))
+    spool = directory / "run" / "observe"
+    spool.mkdir(parents=True)
+    directory.chmod(0o755)
+    os.chown(spool, user.pw_uid, user.pw_gid)
+    confined = build_confined((user.pw_uid, user.pw_gid), find_python())
+    observing = Observer(switch, directory, ["ip", "netns", "exec", switch.netns("mon"), *confined])
+    try:
+        wait_for("metering", observing.is_metering, 60)
+        switch.inside("a", sys.executable, "-c", QUERY)
+        wait_for("a record", lambda: any(r.dst_port == 53 for r in observing.read_records()))
+        state = observing.read_state()
+        assert state is not None
+        assert state.isolation.user == USER
+        # `ip netns exec` hides the control groups: that is told, and the signals do the work.
+        assert state.isolation.group == "process group"
+        assert state.isolation.reasons == ("no control group hierarchy is mounted here",)
+        assert len(observing.survivors()) == 2
+        psutil.Process(state.pid).kill()
+        wait_for("all of nfstream to end", lambda: not observing.survivors(), 3)
+    finally:
+        observing.process.kill()
+        observing.process.wait(10)
+        for process in observing.survivors():
+            process.kill()
+        shutil.rmtree(directory)
 
 
 def test_sigterm_ends_everything_within_three_seconds(observer: Observer) -> None:
