@@ -43,7 +43,9 @@ def configure_logs(default: str = "info") -> None:
     structlog.configure(
         processors=steps,
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(
+            sys.stderr
+        ),  # as it is when a line is written
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)

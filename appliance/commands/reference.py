@@ -86,7 +86,7 @@ def _render_command(name: str, command: Any) -> Iterator[str]:
 
 
 def _render_option(option: Any) -> str:
-    names = "/".join([*option.opts, *option.secondary_opts])
+    names = "/".join([", ".join(option.opts), *option.secondary_opts])
     value = "" if option.is_flag else f" {option.metavar or _render_type(option)}"
     default = ""
     if option.required:

@@ -41,30 +41,30 @@ class VersionReport(ApiDocument):
 
 def serve(config: options.Config) -> None:
     """Run the management service in the foreground, until SIGTERM or Ctrl-C."""
+    settings = read_settings(config)
     from appliance.app import run_serve
     from appliance.logs import configure_logs
 
-    settings = read_settings(config)
     configure_logs()
     raise typer.Exit(run_serve(settings))
 
 
 def inspect(config: options.Config) -> None:
     """Run the lanes of the service host: bridges, queues and engines."""
+    settings = read_settings(config)
     from appliance.inspection.main import run_inspect
     from appliance.logs import configure_logs
 
-    settings = read_settings(config)
     configure_logs()
     raise typer.Exit(asyncio.run(run_inspect(settings)))
 
 
 def observe(config: options.Config) -> None:
     """Record the flows of the mirror port."""
+    settings = read_settings(config)
     from appliance.logs import configure_logs
     from appliance.visibility.main import run_observe
 
-    settings = read_settings(config)
     configure_logs()
     raise typer.Exit(run_observe(settings))
 

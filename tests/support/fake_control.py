@@ -7,6 +7,7 @@ appliance really does is tested with the real ones.
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -109,6 +110,7 @@ class FakeControl:
         self.status: HealthStatus = status
         self.alerts = [build_alert(number) for number in range(1, alerts + 1)]
         self.more = asyncio.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.revision = 1
         self.documents = PolicyDocuments(api_version="hairpin/v1", kind="List", items=())
         self.job = UpdateJob(state="idle")
@@ -122,6 +124,15 @@ class FakeControl:
         self.alerts.append(build_alert(len(self.alerts) + 1))
         self.more.set()
         self.more = asyncio.Event()
+
+    def add_alert_from_outside(self) -> None:
+        """As `add_alert`, from another thread than the server's, once somebody follows them."""
+        deadline = time.monotonic() + 10
+        while self.loop is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError("nobody follows the alerts")
+            time.sleep(0.02)
+        self.loop.call_soon_threadsafe(self.add_alert)
 
     def _check(self) -> None:
         if self.fault is not None:
@@ -357,6 +368,7 @@ class FakeControl:
         self, after: int | None, wanted: AlertFilter, limit: int
     ) -> AlertBatch:
         self._check()
+        self.loop = asyncio.get_running_loop()
         if after is None:
             return AlertBatch((), len(self.alerts))
         looked_at = self.alerts[after : after + limit]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,7 +14,7 @@ from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 
 from appliance.api.openapi import build_openapi
-from appliance.api.routes import ROUTES
+from appliance.api.routes import BASE, ROUTES
 from appliance.api.stream import StreamLimits
 from tests.support.api_server import TOKEN, run_api
 from tests.support.fake_control import FakeControl
@@ -73,3 +75,9 @@ def test_a_query_parameter_is_never_null() -> None:
         for operation in path.values():
             for parameter in operation["parameters"]:
                 assert "null" not in str(parameter["schema"]), parameter
+
+
+def test_the_guide_names_every_endpoint() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    told = set(re.findall(r"^\| `(GET|PUT|POST) (\S+)` \|", guide, re.MULTILINE))
+    assert told == {(route.method, route.path.removeprefix(BASE)) for route in ROUTES}
