@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +25,49 @@ def build_name(suffix: str = "") -> str:
     return f"t{os.getpid()}{suffix}"
 
 
+def find_stale(names: Iterable[str], is_alive: Callable[[int], bool]) -> list[str]:
+    """The labs of test runs that ended without taking them down (kill -9)."""
+    found = []
+    for name in names:
+        match = re.fullmatch(r"t(\d+)[a-z]?", name)
+        if match and not is_alive(int(match[1])):
+            found.append(name)
+    return found
+
+
+def _take_down_stale() -> None:
+    root = Path("/run/hairpin-lab")
+    names = sorted(os.listdir(root)) if root.exists() else []
+    for name in find_stale(names, lambda pid: Path(f"/proc/{pid}").exists()):
+        take_down(name)
+
+
 def _stand(name: str, vms: int, serve: bool) -> Iterator[LabState]:
+    _take_down_stale()
     try:
         yield bring_up(name, vms, serve=serve)
     finally:
         take_down(name)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def end_in_order() -> Iterator[None]:
+    """Let SIGTERM (of `timeout`, of a CI) end the run as Ctrl-C does, so that labs are taken down."""
+    owner = os.getpid()
+
+    def interrupt(number: int, _frame: object) -> None:
+        if os.getpid() != owner:
+            os._exit(0)  # a fork of pyroute2, which is ended with SIGTERM
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="session")
 def lab() -> Iterator[LabState]:
-    """The documented lab, 6 VMs, with Hairpin running; shared by the session, so leave it as it was."""
+    """The documented lab, 6 VMs, with Hairpin running; the session shares it: leave it as it was."""
     yield from _stand(build_name(), 6, True)
 
 

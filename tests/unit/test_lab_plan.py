@@ -22,6 +22,7 @@ from appliance.lab.plan import (
 from appliance.lab.store import parse_state, render_state
 from steering.errors import HairpinError, WrongInput
 from steering.model import Profile
+from tests.support.lab import find_stale
 
 
 def make(vms: int = 6, **overrides: Any) -> LabState:
@@ -121,3 +122,8 @@ def test_what_is_needed_below_a_closed_directory_is_found_once() -> None:
         Path("/home/me"): (Path("/home/me/venv"),),
     }
     assert expose.find_covers(needed, lambda _path: True) == {}
+
+
+def test_only_labs_of_ended_test_runs_are_stale() -> None:
+    names = ["lab", "t12", "t12b", "t13m", "team", "t12b.lock", "t", "t1x2"]
+    assert find_stale(names, lambda pid: pid == 13) == ["t12", "t12b"]
