@@ -27,8 +27,9 @@ MAX_NAMES_TO_COMPARE = 2_000
 
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _TEXT_TAG = "tag:yaml.org,2002:str"
-_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+# Only what YAML 1.1 takes for a number too: writers of 1.1 leave `08` and `1e5` bare as text.
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
+_FLOAT = re.compile(r"([-+]?[0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?")
 _WORDS: Mapping[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),

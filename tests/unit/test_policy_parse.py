@@ -310,6 +310,11 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
             "i": "8",
         }
     ]
+    # What YAML 1.1 takes for text is text, or what its writers leave bare would come back as a number.
+    assert parse_text("[08, 1e5, +.5, 0x10, 0o7, 1_000]") == [
+        ["08", "1e5", "+.5", "0x10", "0o7", "1_000"]
+    ]
+    assert parse_text("[0, -7, +7, .5, -1.5, 1.5e+3]") == [[0, -7, 7, 0.5, -1.5, 1500.0]]
     assert parse_text("1: a\nnull: b\n") == [{"1": "a", "null": "b"}]
 
 
@@ -414,6 +419,11 @@ def _list_places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
         value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     )
     return [way] * bool(way) + [p for key in keys for p in _list_places(value[key], (*way, key))]
+
+
+@given(st.text(st.sampled_from("0123456789.eE+-_xo:~ truefalsn"), min_size=1, max_size=8))
+def test_text_that_a_writer_of_yaml_1_1_leaves_bare_stays_text(text: str) -> None:
+    assert parse_text(yaml.safe_dump({"reason": text})) == [{"reason": text}]
 
 
 JUNK = st.one_of(
