@@ -148,7 +148,7 @@ def render_test_config(classification: Path, reference: Path) -> str:
     servers = "HTTP_SERVERS SMTP_SERVERS SQL_SERVERS DNS_SERVERS TELNET_SERVERS AIM_SERVERS"
     servers += " DC_SERVERS DNP3_SERVER DNP3_CLIENT MODBUS_CLIENT MODBUS_SERVER ENIP_CLIENT"
     servers += " ENIP_SERVER"
-    # Feeds negate some of these, and no rule can be about what is not `any`.
+    # Feeds negate these, and no rule can be about what is not `any`.
     private = "[10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7]"
     ports = {
         "HTTP_PORTS": "80", "SHELLCODE_PORTS": "!80", "ORACLE_PORTS": "1521", "SSH_PORTS": "22",
@@ -158,7 +158,7 @@ def render_test_config(classification: Path, reference: Path) -> str:
     protocols = "http http2 ftp smtp tls ssh imap smb dcerpc dns ntp tftp ike krb5 snmp sip rdp rfb"
     protocols += " mqtt telnet nfs dhcp quic pgsql bittorrent-dht modbus dnp3 enip"
     lines = ["%YAML 1.1", "---", "vars:", "  address-groups:"]
-    lines += ["    HOME_NET: any", "    EXTERNAL_NET: any"]
+    lines += [f'    HOME_NET: "{private}"', "    EXTERNAL_NET: any"]
     lines += [f'    {name}: "{private}"' for name in servers.split()]
     lines += ["  port-groups:", *(f'    {name}: "{value}"' for name, value in ports.items())]
     lines += [f'classification-file: "{classification}"', f'reference-config-file: "{reference}"']
