@@ -17,7 +17,7 @@ from aiohttp import web
 
 from appliance.api.control import Control, Unavailable
 from appliance.api.documents import Alert
-from appliance.api.problems import Refused, build_error_problem
+from appliance.api.problems import Refused, build_error_problem, build_problem
 from appliance.api.queries import EVENT_ID_PATTERN, AlertFilter, AlertStreamQuery
 from steering.errors import HairpinError
 
@@ -72,7 +72,7 @@ class Streams:
                 async with asyncio.timeout(self.limits.longest_seconds):
                     await self._send_all(response, request, control, query, position)
         except TimeoutError:
-            pass
+            pass  # as long as a stream may last; the client takes it up again
         finally:
             self._open -= 1
         return response
@@ -86,22 +86,28 @@ class Streams:
         position: int,
     ) -> None:
         await self._write(response, request, render_position(position))
-        while not self._closing.is_set():
-            try:
+        try:
+            while not self._closing.is_set():
                 batch = await control.read_alerts_after(position, wanted, _BATCH)
-            except HairpinError as fault:
-                problem = build_error_problem(fault, had_body=False)
-                text = f"event: problem\ndata: {problem.model_dump_json()}\n\n"
-                await self._write(response, request, text)
-                return
-            if batch.alerts:
-                await self._write(
-                    response, request, "".join(render_event(alert) for alert in batch.alerts)
-                )
-            if batch.last > position:
-                position = batch.last
-            elif not await self._wait(control, position):
-                await self._write(response, request, render_position(position))
+                if batch.alerts:
+                    events = "".join(render_event(alert) for alert in batch.alerts)
+                    await self._write(response, request, events)
+                if batch.last > position:
+                    position = batch.last
+                elif not await self._wait(control, position):
+                    await self._write(response, request, render_position(position))
+        except HairpinError as fault:
+            problem = build_error_problem(fault, had_body=False)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            # The answer has begun, so it's too late for a status: the last event tells it.
+            log.exception("stream failed by a fault of the program")
+            problem = build_problem(500, "a fault of the program")
+        else:
+            return
+        text = f"event: problem\ndata: {problem.model_dump_json()}\n\n"
+        await self._write(response, request, text)
 
     async def _wait(self, control: Control, position: int) -> bool:
         """Whether something came within a heartbeat."""
@@ -119,6 +125,8 @@ class Streams:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()  # raises what the wait met, which else would be met again at once
         return bool(done)
 
     async def _write(self, response: web.StreamResponse, request: web.Request, text: str) -> None:

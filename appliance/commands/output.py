@@ -41,6 +41,7 @@ _STYLES = {
     "warn": "yellow",
     "unnamed": "yellow",
 }
+_KEPT_WHOLE = 20
 _NO_CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}
 
 
@@ -99,12 +100,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty:
 
 def _draw_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.upper(), overflow="fold")
+    for number, column in enumerate(columns):
+        longest = max(len(column), *(len(line[number]) for line in cells))
+        # Times and numbers stay whole; long text is folded to what is left.
+        table.add_column(column.upper(), overflow="fold", min_width=min(longest, _KEPT_WHOLE))
     for line in cells:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in line))
     try:
-        Console().print(table)
+        Console().print(table, crop=False)
     except BrokenPipeError as fault:
         raise OutputClosed from fault
 

@@ -189,6 +189,20 @@ async def test_a_failure_ends_the_stream_with_a_problem() -> None:
         assert [event async for event in events] == []
 
 
+async def test_a_wait_that_fails_ends_the_stream_and_tells_no_secrets() -> None:
+    control = FakeControl(alerts=1)
+
+    async def fail(after: int) -> None:
+        raise RuntimeError("the password is sesame")
+
+    control.wait_for_alerts = fail  # type: ignore[method-assign]
+    async with open_server(control, ANY_PORT, TOKEN) as url, open_stream(url) as events:
+        await anext(events)
+        last = await anext(events)
+        assert json.loads(last["data"])["status"] == 500
+        assert "sesame" not in last["data"]
+
+
 async def test_stopping_ends_the_streams_at_once() -> None:
     async with asyncio.timeout(3):
         server = open_server(FakeControl(), ANY_PORT, TOKEN)
