@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -94,6 +95,7 @@ class _Tail:
     live: Path
     bookmarks: dict[tuple[int, int], Bookmark] = field(default_factory=dict)
     next_generation: int = 1
+    missing_since: dict[tuple[int, int], float] = field(default_factory=dict)
     status: LaneStatus = LaneStatus("")
 
 
@@ -178,6 +180,7 @@ class Ingest:
         """
         files = await asyncio.to_thread(find_files, tail.live)
         more, behind, fault = False, 0, ""
+        seen: set[tuple[int, int]] = set()
         for path in files:
             try:
                 batch = await asyncio.to_thread(
@@ -190,6 +193,7 @@ class Ingest:
                 )
                 if batch is None:
                     continue
+                seen.add(batch.bookmark.identity)
                 await self._store_batch(tail, batch)
                 behind += batch.behind
                 # A younger file is begun only when the older is read to its end, so that alerts
@@ -201,6 +205,8 @@ class Ingest:
                     await self._retire(tail, batch)
             except OSError as failure:
                 fault = f"{path}: {failure.strerror or failure}"
+        if not more and not fault:
+            await self._note_vanished(tail, seen)
         tail.status = replace(
             tail.status,
             present=tail.live in files,
@@ -276,6 +282,23 @@ class Ingest:
         )
         tail.bookmarks.pop(bookmark.identity, None)
         log.info("EVE file drained and deleted", file=str(batch.path), bytes=bookmark.offset)
+
+    async def _note_vanished(self, tail: _Tail, seen: set[tuple[int, int]]) -> None:
+        """Tell of files that someone else removed, and forget them.
+
+        Only after a while: a listing that is taken during a rename may miss a file.
+        """
+        now = self._clock()
+        for identity, bookmark in tuple(tail.bookmarks.items()):
+            since = None if identity in seen else tail.missing_since.get(identity, now)
+            if since is None:
+                tail.missing_since.pop(identity, None)
+                continue
+            tail.missing_since[identity] = since
+            if now - since < self._grace:
+                continue
+            await self._store.write(partial(record_vanished, bookmark=bookmark, now=now))
+            del tail.bookmarks[identity], tail.missing_since[identity]
 
     async def _change_fault(self, tail: _Tail, fault: str) -> None:
         """The step went through; record a new fault of a single file, or the end of one."""
@@ -362,16 +385,24 @@ def commit_batch(
     return latest, len(refused)
 
 
+def record_vanished(db: Database, bookmark: Bookmark, now: float) -> None:
+    """A file is gone that this reader has not deleted; what it held behind the bookmark is lost."""
+    record_event(
+        db,
+        now,
+        "eve.vanished",
+        "warning",
+        f"an EVE file was removed by someone else after {bookmark.offset} bytes of it were read;"
+        " alerts behind them, if there were any, are lost",
+        subject=bookmark.lane,
+        detail={"generation": bookmark.generation, "offset": bookmark.offset},
+    )
+    _finish_bookmark(db, bookmark, now)
+
+
 def finish_file(db: Database, bookmark: Bookmark, name: str, torn: int, now: float) -> None:
     """The file is gone; its bookmark no longer counts, and the oldest such are removed."""
-    db.execute(
-        "UPDATE bookmarks SET finished_at = ? WHERE lane = ? AND generation = ?",
-        (now, bookmark.lane, bookmark.generation),
-    )
-    db.execute(
-        "DELETE FROM bookmarks WHERE lane = ? AND finished_at IS NOT NULL AND generation < ?",
-        (bookmark.lane, bookmark.generation - _FINISHED_KEPT),
-    )
+    _finish_bookmark(db, bookmark, now)
     if torn:
         record_repeated(
             db,
@@ -382,3 +413,14 @@ def finish_file(db: Database, bookmark: Bookmark, name: str, torn: int, now: flo
             subject=bookmark.lane,
             detail={"file": name, "offset": bookmark.offset},
         )
+
+
+def _finish_bookmark(db: Database, bookmark: Bookmark, now: float) -> None:
+    db.execute(
+        "UPDATE bookmarks SET finished_at = ? WHERE lane = ? AND generation = ?",
+        (now, bookmark.lane, bookmark.generation),
+    )
+    db.execute(
+        "DELETE FROM bookmarks WHERE lane = ? AND finished_at IS NOT NULL AND generation < ?",
+        (bookmark.lane, bookmark.generation - _FINISHED_KEPT),
+    )

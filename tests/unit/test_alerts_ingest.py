@@ -218,6 +218,43 @@ async def test_a_torn_end_of_a_rotated_file_is_recorded_when_it_is_deleted(
     assert "torn line" in event.message
 
 
+async def test_a_file_that_someone_else_removed_is_told_once(store: Store, live: Path) -> None:
+    append(live, 1)
+    rotated = live.rename(live.parent / "eve.json.5")
+    append(live, 2)
+    async with running(store, live, grace_seconds=0.4):
+        await wait_for(store, 2)
+        rotated.unlink()
+
+        async def told() -> bool:
+            return bool((await find_events(store, EventFilter(kind="eve.vanished"))).items)
+
+        await wait_until(told)
+        append(live, 3)
+        await wait_for(store, 3)
+    async with running(store, live, grace_seconds=0.0):
+        append(live, 4)
+        await wait_for(store, 4)
+    (event,) = (await find_events(store, EventFilter(kind="eve."))).items
+    assert event.detail["offset"] == len(render_eve(src_port=1)) + 1
+
+
+async def test_a_bookmark_that_cannot_be_stored_takes_its_alerts_with_it(
+    store: Store, live: Path
+) -> None:
+    refuse = (
+        "CREATE TRIGGER refuse BEFORE INSERT ON bookmarks WHEN new.offset > 0"
+        " BEGIN SELECT RAISE(ABORT, 'refused'); END"
+    )
+    await store.write(lambda db: db.execute(refuse))
+    append(live, 1, 2, 3)
+    async with running(store, live) as ingest:
+        await wait_until(lambda: "refused" in ingest.status()[0].fault)
+        assert await read_all(store) == []
+        await store.write(lambda db: db.execute("DROP TRIGGER refuse"))
+        assert ports(await wait_for(store, 3)) == [1, 2, 3]
+
+
 async def test_a_file_that_cannot_be_read_is_a_fault_and_the_others_go_on(
     store: Store, live: Path
 ) -> None:
