@@ -143,6 +143,9 @@ class Updater:
             [path for path in cache.glob("[0-9a-f]*-*") if path.is_file()] if cache.is_dir() else []
         )
         if len(got) != 1:
+            # A feed's address may hold the key that was paid for.
+            query = url.partition("?")[2] if url else ""
+            said = said.replace(query, "...") if query else said
             raise RulesError(f"source {name} can't be fetched: {said}", "check its address")
         return got[0].read_bytes()
 

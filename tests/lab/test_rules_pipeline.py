@@ -409,6 +409,7 @@ async def test_an_https_source_and_its_copy(
     untrusted = await pipeline.update(quiet)
     assert untrusted.sources[1].stale
     assert "certificate" in untrusted.sources[1].fault.lower()
+    assert "secret" not in untrusted.sources[1].fault
     stop.set()
     await asyncio.sleep(0.5)
     gone = await pipeline.update(quiet)

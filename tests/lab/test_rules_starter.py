@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from appliance.inspection.config import build_engine_config, render_engine_config
 from appliance.rules.trial import render_test_config
 from steering.model import Profile
 from tests.lab.rule_samples import EXPLOITS, NEAR_MISSES, build_connections
 from tests.support.rule_flows import FIRST_PORT, find_alerts
-from tests.support.rule_pipelines import ENGINE_DATA, build_pipeline
+from tests.support.rule_pipelines import ENGINE_DATA, build_pipeline, build_settings
 
 pytestmark = pytest.mark.lab
 
@@ -91,3 +92,14 @@ def test_the_samples_were_understood_as_the_protocol_they_are(
     assert len(web) > 40
     assert web <= parsed
     assert events.count('"event_type":"smb"') >= 4
+
+
+def test_the_engine_s_own_configuration_says_the_same(alerts: Alerts, directory: Path) -> None:
+    settings = build_settings(directory)
+    [lane] = [lane for lane in settings.build_lanes() if lane.profile is Profile.PREVENT]
+    config = directory / "engine.yaml"
+    settings.lane_dir(lane).mkdir(parents=True)
+    config.write_text(render_engine_config(build_engine_config(settings, lane), ENGINE_DATA))
+    work = directory / "run-engine"
+    work.mkdir()
+    assert find_alerts(CONNECTIONS, settings.ruleset(lane), config, work) == alerts[Profile.PREVENT]

@@ -101,7 +101,13 @@ def find_alerts(
     capture = directory / "flows.pcap"
     wrpcap(str(capture), packets)
     command = [SURICATA, "-c", config, "-S", rules, "-r", capture, "-l", directory]
-    command += ["--simulate-ips", "-k", "all", f"--pidfile={directory}/{random.random()}.pid"]
+    command += [
+        "--runmode=single",
+        "--simulate-ips",
+        "-k",
+        "all",
+        f"--pidfile={directory}/{random.random()}.pid",
+    ]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=120)
     found: dict[str, set[tuple[int, str]]] = {connection.name: set() for connection in connections}
     for line in (directory / "eve.json").read_text().splitlines():
