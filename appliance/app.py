@@ -206,7 +206,9 @@ class EventKeeper:
     def take(self, event: SteeringEvent) -> None:
         """Called on the event loop; never blocks."""
         if isinstance(event, AddressSeen):
-            if not self._knowledge.take_address(event.address, event.vm_id, event.at):
+            if not self._knowledge.take_address(
+                event.address, event.vm_id, event.at, claimed=event.claimed
+            ):
                 return
         elif isinstance(event, PortsChanged):
             self.on_ports()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from steering.decide import find_lane
 from steering.flows import (
     FlowBook,
     Group,
@@ -24,7 +25,6 @@ from steering.model import (
     Policy,
     PolicySet,
     Port,
-    Profile,
     Protocol,
 )
 from steering.pipeline import (
@@ -32,7 +32,6 @@ from steering.pipeline import (
     ADDRESS_LIMIT,
     CT_ZONE,
     DELIVER_GROUP,
-    POLICY_PRIORITY_BASE,
     CookieKind,
     Direction,
     Register,
@@ -41,6 +40,7 @@ from steering.pipeline import (
     build_cookie,
     build_group_id,
     build_policy_number,
+    build_policy_priority,
     build_steer_key,
 )
 
@@ -151,6 +151,8 @@ def _add_base(book: FlowBook) -> None:
 def _add_legs(book: FlowBook, lanes: Sequence[Lane]) -> None:
     for lane in lanes:
         cookie = build_cookie(CookieKind.LANE, lane.number)
+        # A lane's VLAN is its own: NORMAL would carry such a frame of a trunk port into the legs.
+        book.add(Table.CLASSIFY, 290, build_match(dl_vlan=lane.vlan), "drop", cookie)
         for leg in (lane.leg_a, lane.leg_b):
             if leg.ofport <= 0:
                 continue
@@ -207,7 +209,7 @@ def _add_guard(book: FlowBook, port: Port, *, strict: bool) -> None:
     for kind in (135, 136):
         book.add(table, 140, build_match("icmp6", in_port=here, icmp_type=kind), "drop", spoof)
     own = build_match(in_port=here, dl_src=mac)
-    book.add(table, 100, own, go_to(Table.ENDPOINT), cookie)
+    book.add(table, 100, own, go_to(Table.LEARN, Table.ENDPOINT), cookie)
     book.add(table, 90, build_match(in_port=here), "drop", spoof)
     book.add(table, 80, build_match(dl_src=mac), "drop", spoof)
 
@@ -217,11 +219,11 @@ def _add_learn(book: FlowBook, port: Port) -> None:
     here = port.ofport
     learned = build_cookie(CookieKind.ADDRESS, here)
 
-    def learn(family: str, source: str, target: str) -> str:
+    def learn(family: str, source: str, target: str, into: Table = Table.ADDRESSES) -> str:
         # OVS writes a field that is matched against itself once.
         matched = target if source == target else f"{target}={source}"
         return (
-            f"learn(table={Table.ADDRESSES.number},idle_timeout={ADDRESS_IDLE_SECONDS},"
+            f"learn(table={into.number},idle_timeout={ADDRESS_IDLE_SECONDS},"
             f"cookie={learned:#x},limit={ADDRESS_LIMIT},{family},{matched},"
             f"load:NXM_OF_IN_PORT[]->NXM_NX_REG0[0..15])"
         )
@@ -237,6 +239,13 @@ def _add_learn(book: FlowBook, port: Port) -> None:
     book.add(table, 110, build_match("icmp6", ipv6_src="::", **solicit), "drop", cookie)
     book.add(table, 100, build_match("icmp6", **solicit), source, cookie)
     book.add(table, 100, build_match("icmp6", in_port=here, icmp_type=136), target, cookie)
+    # What a VM in scope sends from counts where nobody claimed it: a warm neighbour cache asks nothing.
+    for keyword, field, unset in (("ip", "nw_src", "0.0.0.0"), ("ipv6", "ipv6_src", "::")):  # noqa: S104
+        name = "NXM_OF_IP_SRC[]" if keyword == "ip" else "NXM_NX_IPV6_SRC[]"
+        family = "eth_type=0x800" if keyword == "ip" else "eth_type=0x86dd"
+        uses = learn(family, name, name, Table.USES)
+        book.add(table, 60, build_match(keyword, in_port=here, **{field: unset}), "drop", cookie)
+        book.add(table, 50, build_match(keyword, in_port=here), uses, cookie)
 
 
 def _add_destination(book: FlowBook, port: Port) -> None:
@@ -302,7 +311,7 @@ def _add_policy(
     """
     number = build_policy_number(policy.name)
     cookie = build_cookie(CookieKind.POLICY, number)
-    priority = POLICY_PRIORITY_BASE + policy.priority
+    priority = build_policy_priority(policy)
     for answer in (False, True):
         conjunction = build_conjunction_id(number, answer=answer)
         senders, receivers = (answerers, openers) if answer else (openers, answerers)
@@ -338,10 +347,6 @@ def _build_verdict(policy: Policy, lanes: Sequence[Lane], *, answer: bool) -> st
                 return "drop"
             key = build_steer_key(lane, on_failure, answer=answer)
             return f"{set_register(STEER, key)},{go_to(Table.COMMIT)}"
-
-
-def find_lane(lanes: Sequence[Lane], profile: Profile) -> Lane | None:
-    return next((lane for lane in lanes if lane.profile is profile), None)
 
 
 def _build_direction_match(policy: Policy, *, answer: bool) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AddressSeen:
-    """A VM claimed an address by ARP or ND, ``at`` this time."""
+    """A VM claimed an address by ARP or ND; not ``claimed``: it was only seen to send from it."""
 
     at: float
     address: str
     vm_id: str
+    claimed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

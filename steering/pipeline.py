@@ -13,7 +13,7 @@ import hashlib
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
-from steering.model import Lane, OnFailure
+from steering.model import Deny, Lane, OnFailure, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Table(Enum):
         0, "Who sent it: a leg, a VM's port (its network is noted), or another port."
     )
     GUARD = TableSpec(10, "Is the sender who it says it is: MAC, ARP, ND, no VLAN tag of its own.")
-    LEARN = TableSpec(15, "Which address does this ARP or ND packet claim for the sender's port.")
+    LEARN = TableSpec(15, "Which address does the packet claim, or use, for the sender's port.")
     ENDPOINT = TableSpec(20, "Which VM is it for; what is for no VM in scope goes direct.")
     CONNECTION = TableSpec(
         30, "Who opened the connection that it belongs to (conntrack; never drops)."
@@ -45,12 +45,17 @@ class Table(Enum):
     )
     DIRECT = TableSpec(80, "As if Hairpin were not there: NORMAL.")
     ADDRESSES = TableSpec(
-        90, "What LEARN noted; no packet passes here, the management service reads it."
+        90,
+        "Addresses that ARP and ND claimed; no packet passes here, the management service reads it.",
     )
+    USES = TableSpec(91, "Addresses that VMs in scope send from; read likewise, believed less.")
 
     @property
     def number(self) -> int:
         return self.value.number
+
+
+LEARNED_TABLES = (Table.ADDRESSES.number, Table.USES.number)
 
 
 class Register(Enum):
@@ -139,5 +144,14 @@ def build_group_id(steer_key: int) -> int:
 # second bucket of a fast-failover group live (OVS wants a watch on every bucket).
 DELIVER_GROUP = GROUP_PREFIX | 0xFFFF
 
-# Policies take the middle of POLICY's priorities: their own priority (1 to 10000) above this.
+# Policies take the middle of POLICY's flow priorities.
 POLICY_PRIORITY_BASE = 10_000
+
+
+def build_policy_priority(policy: Policy) -> int:
+    """The flows' priority. At equal priority of policies a deny goes first.
+
+    Policies that contradict are refused, so this only decides a packet of unknown direction, for
+    which a deny one way and an inspection the other way may stand at one priority.
+    """
+    return POLICY_PRIORITY_BASE + 2 * policy.priority + isinstance(policy.action, Deny)

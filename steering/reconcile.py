@@ -38,6 +38,7 @@ log = structlog.get_logger("reconcile")
 GROUP_CHECK_SECONDS = 1.0  # the flow monitor tells of flows at once, but not of groups
 FULL_CHECK_SECONDS = 5.0
 RETRY_SECONDS = 0.2
+OWNERLESS_KEPT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class Reconciler:
         self._tasks: list[asyncio.Task[None]] = []
         self._forwarding: dict[str, bool] = {}
         self._owners: dict[int, str] = {}
+        self._ownerless: dict[tuple[int, str], tuple[float, LearnedAddress]] = {}
         self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread)
         self._monitor = FlowMonitor(openflow, self._take_address, self._wake.set)
 
@@ -281,6 +283,9 @@ class Reconciler:
             if self._forwarding.get(lane.name) != up:
                 self._forwarding[lane.name] = up
                 self._on_event(LaneChanged(self._clock(), lane.name, up))
+        waiting, self._ownerless = self._ownerless, {}
+        for now, learned in waiting.values():
+            self._tell_address(now, learned)
         self._wake.set()
 
     def _lose(self, reason: str) -> None:
@@ -296,10 +301,17 @@ class Reconciler:
             self._on_event(SwitchChanged(self._clock(), True))
 
     async def _take_address(self, learned: LearnedAddress) -> None:
+        self._tell_address(self._clock(), learned)
+
+    def _tell_address(self, now: float, learned: LearnedAddress) -> None:
         owner = {port.ofport: port.vm_id for port in self.observed.ports}.get(learned.ofport)
-        if owner is not None:
-            at = self._clock() - learned.idle
-            self._on_event(AddressSeen(at, learned.address, owner))
+        if owner is None:
+            # The switch told of the address before OVSDB told of the port: kept until it does.
+            if len(self._ownerless) < OWNERLESS_KEPT:
+                self._ownerless[learned.ofport, learned.address] = (now, learned)
+        else:
+            at = now - learned.idle
+            self._on_event(AddressSeen(at, learned.address, owner, learned.claimed))
 
     async def _keep(self) -> None:
         """Until cancelled: reconcile at every change, and look at groups and flows now and then."""

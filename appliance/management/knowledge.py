@@ -50,11 +50,15 @@ class Knowledge:
         if same != (snapshot.machines, snapshot.policies, snapshot.revision):
             self._snapshots = (*self._snapshots[-SNAPSHOTS_KEPT + 1 :], snapshot)
 
-    def take_address(self, address: str, vm_id: str, at: float) -> bool:
-        """``vm_id`` claimed ``address``; ends the former holder's interval. False: known already."""
+    def take_address(self, address: str, vm_id: str, at: float, *, claimed: bool = True) -> bool:
+        """``vm_id`` claimed ``address``; ends the former holder's interval. False: known already.
+
+        Where it is not ``claimed``, only sent from, it counts if nobody holds the address: a packet's
+        source is easily forged, and must not take an address from its holder.
+        """
         known = self._holdings.get(address, ())
         current = known[-1] if known and known[-1].until is None else None
-        if current is not None and (current.vm_id == vm_id or at <= current.since):
+        if current is not None and (not claimed or current.vm_id == vm_id or at <= current.since):
             return False
         if current is not None:
             known = (*known[:-1], replace(current, until=at))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from steering.pipeline import COOKIE_PREFIX, Table
+from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES
 from steering.switch.openflow import LearnedAddress, parse_learned
 
 log = structlog.get_logger("monitor")
@@ -51,8 +51,7 @@ class FlowMonitor:
                 f"--unixctl={Path(directory) / 'ctl'}",
                 "monitor",
                 self._target,
-                f"watch:table={Table.ADDRESSES.number}",
-                "watch:!initial",
+                "watch:",
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
@@ -62,15 +61,23 @@ class FlowMonitor:
                 assert process.stderr is not None  # noqa: S101 - asked for above
                 async for raw in process.stderr:
                     await self._take(raw.decode(errors="replace"))
+                # It closed its output, so it is ending; a kill now would race with its reaping.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), 1.0)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
 
     async def _take(self, line: str) -> None:
-        if " event=" not in line or PREFIX not in line:
+        if " event=" not in line:
+            if "FLOW_MONITOR" not in line and line.strip():
+                log.warning("flow monitor", said=line.strip())
             return
-        if f"table={Table.ADDRESSES.number} " in line:
+        if PREFIX not in line:
+            return
+        if any(f"table={table} " in line for table in LEARNED_TABLES):
             if " event=DELETED" not in line:
                 learned = parse_learned(line.strip())
                 if learned is not None:

@@ -21,6 +21,7 @@ from steering.pipeline import (
     COOKIE_PREFIX,
     GROUP_MASK,
     GROUP_PREFIX,
+    LEARNED_TABLES,
     CookieKind,
     Table,
     build_cookie,
@@ -51,10 +52,14 @@ class GroupCounter:
 
 @dataclass(frozen=True, slots=True)
 class LearnedAddress:
-    """An address that a port claimed by ARP or ND; it did so last ``idle`` seconds ago."""
+    """An address of a port, last seen ``idle`` seconds ago.
+
+    ``claimed``: by ARP or ND; else it was only sent from.
+    """
 
     address: str
     ofport: int
+    claimed: bool
     idle: float = 0.0
 
 
@@ -76,7 +81,7 @@ def parse_flow_counter(line: str) -> FlowCounter:
 
 
 def parse_learned(line: str) -> LearnedAddress | None:
-    """A flow of the ADDRESSES table, from dump-flows or a flow monitor's event."""
+    """A flow of ADDRESSES or USES, from dump-flows or a flow monitor's event; None for any other."""
     text = line.strip()
     if text.startswith("event="):
         text = text.split(" ", 1)[1]
@@ -91,6 +96,7 @@ def parse_learned(line: str) -> LearnedAddress | None:
         return LearnedAddress(
             str(ip_address(str(address).split("/")[0])),
             int(claimed.group(1), 0),
+            parsed.info.get("table") == Table.ADDRESSES.number,
             float(parsed.info.get("idle_age", 0.0)),
         )
     except Exception:  # whatever the package raises: a hostile or torn line is no address
@@ -152,7 +158,7 @@ class OpenFlowSwitch:
         lines = await self._flow_lines("--no-stats", self.target, OURS)
         flows = [parse_flow_counter(line).flow for line in lines]
         return Present(
-            tuple(flow for flow in flows if flow.key.table != Table.ADDRESSES.number),
+            tuple(flow for flow in flows if flow.key.table not in LEARNED_TABLES),
             tuple(await self.read_groups()),
         )
 
@@ -170,11 +176,6 @@ class OpenFlowSwitch:
         counters = [parse_group_counter(line) for line in text.splitlines()]
         return tuple(c for c in counters if c is not None and is_ours(c.group_id))
 
-    async def read_learned(self) -> tuple[LearnedAddress, ...]:
-        lines = await self._flow_lines(self.target, f"table={Table.ADDRESSES.number},{OURS}")
-        found = [parse_learned(line) for line in lines]
-        return tuple(address for address in found if address is not None)
-
     async def send_bundle(self, bundle: Bundle) -> None:
         """Send all changes as one OpenFlow bundle: all of it takes effect, or nothing. Raises SwitchError."""
         if bundle:
@@ -183,6 +184,5 @@ class OpenFlowSwitch:
     async def forget_addresses(self, ofport: int) -> None:
         """Delete what was learned of a port that is gone, so that its number can be another VM's."""
         cookie = f"{build_cookie(CookieKind.ADDRESS, ofport):#x}"
-        await self._ofctl(
-            "del-flows", self.target, f"table={Table.ADDRESSES.number},cookie={cookie}/-1"
-        )
+        for table in LEARNED_TABLES:
+            await self._ofctl("del-flows", self.target, f"table={table},cookie={cookie}/-1")
