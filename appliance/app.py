@@ -23,6 +23,7 @@ from appliance.alerts.ingest import Ingest
 from appliance.alerts.store import Store, StoreError
 from appliance.api.server import open_server
 from appliance.export.exporter import Exporter
+from appliance.inspection.config import build_engine_config, render_engine_config
 from appliance.inspection.publish import InspectionState, read_inspection_state
 from appliance.management.flows import FlowIngest
 from appliance.management.knowledge import Knowledge
@@ -41,6 +42,7 @@ from steering.events import (
     SteeringEvent,
     SwitchChanged,
 )
+from steering.model import Profile
 from steering.reconcile import Reconciler
 from steering.tasks import cancel_all
 
@@ -75,6 +77,15 @@ def read_token(path: Path) -> str:
     if len(token) < 16:
         raise HairpinError(f"{path} holds no token of 16 characters or more", f"remove {path}")
     return token
+
+
+def write_trial_config(settings: Settings, profile: Profile) -> Path:
+    """The configuration that a profile's engine runs on, for testing its rules. Raises HairpinError."""
+    lane = next(lane for lane in settings.build_lanes() if lane.profile is profile)
+    path = settings.state_dir / "trial" / f"{profile}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(render_engine_config(build_engine_config(settings, lane), find_engine_data()))
+    return path
 
 
 async def _serve(settings: Settings) -> int:
@@ -121,7 +132,12 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         at = time.time()
         await store.write(lambda db: record_event(db, at, kind, severity, message))
 
-    pipeline = RulePipeline(settings, find_engine_data(), None, settings.inspection.suricata)
+    pipeline = RulePipeline(
+        settings,
+        find_engine_data(),
+        lambda profile: write_trial_config(settings, profile),
+        settings.inspection.suricata,
+    )
     rules = RuleWork(settings, pipeline, read_inspection, record)
     exporters = [Exporter(one, store, settings.name, ingest.wait_newer) for one in settings.export]
     management = Management(

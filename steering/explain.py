@@ -33,7 +33,7 @@ from steering.model import (
 from steering.services import PORTED
 
 # The tables up to the point where ways part, by their names in the pipeline.
-TO_DIRECT = ("CLASSIFY", "DIRECT")
+TO_DIRECT = ("CLASSIFY", "GUARD", "DIRECT")
 TO_POLICY = ("CLASSIFY", "GUARD", "ENDPOINT", "CONNECTION", "POLICY")
 
 
@@ -231,7 +231,7 @@ def _build_ways(
     if isinstance(action, Inspect | Deny):
         drop = Step("POLICY", "drop; answers to connections that the other side opened pass")
         return (*to_policy[:-1], drop), ()
-    direct = (*to_policy, Step("DIRECT"))
+    direct = (*to_policy, Step("COMMIT"), Step("STEER"), Step("DIRECT"))
     return direct, direct
 
 
@@ -246,10 +246,12 @@ def _build_blind_way(sender_is_named: bool, receiver_is_named: bool) -> tuple[St
 def _build_detour(lane: Lane, first: str, entered: Leg, second: str, left: Leg) -> tuple[Step, ...]:
     queues = ", ".join(map(str, lane.queues))
     return (
+        Step("COMMIT"),
         Step("STEER", f"lane {lane.name}, VLAN {lane.vlan}"),
         Step(f"leg {first}", entered.interface),
         Step("service host", f"queue {queues}, engine {lane.name}"),
         Step(f"leg {second}", left.interface),
+        Step("CLASSIFY", "from a leg"),
         Step("RETURN"),
         Step("DELIVER"),
     )

@@ -14,8 +14,9 @@ from appliance.api import documents as doc
 from appliance.rules.model import ProfileState, RuleInfo
 from steering.coverage import Coverage, PairCoverage, ServiceCoverage, Status
 from steering.diff import Bundle
-from steering.explain import Considered, Explanation
+from steering.explain import Considered, Explanation, Step
 from steering.model import Action, Deny, Direct, Holding, Inspect, Lane, Machine, MachineRecord
+from steering.pipeline import Table
 
 PAYLOAD_LIMIT = 1024
 CHANGES_LIMIT = 2000
@@ -175,13 +176,15 @@ def build_explanation(found: Explanation, *, inspecting: bool) -> doc.Explanatio
             *(_build_considered(one, matches=True) for one in found.shadowed),
         ),
         tables=(
-            *(doc.ExplainStep(table=step.name, text=step.detail) for step in found.forward),
-            *(
-                doc.ExplainStep(table=step.name, text=f"answer: {step.detail}".rstrip(": "))
-                for step in found.answers
-            ),
+            *(_build_step(step) for step in found.forward),
+            *(_build_step(step, "answer: ") for step in found.answers),
         ),
     )
+
+
+def _build_step(step: Step, prefix: str = "") -> doc.ExplainStep:
+    decides = Table[step.name].value.decides if step.name in Table.__members__ else ""
+    return doc.ExplainStep(table=step.name, text=f"{prefix}{step.detail or decides}")
 
 
 def _build_lane(lane: Lane, *, inspecting: bool) -> doc.ExplainLane:

@@ -84,7 +84,9 @@ def render_rules(rules: Sequence[Rule]) -> str:
 async def run_trial(suricata: Path, config: Path, rules: Path, log_dir: Path) -> Trial:
     """Raises CommandFailed when Suricata can't be started or takes too long."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    argv = ["prlimit", f"--as={TRIAL_MEMORY}", "--core=0", "--", str(suricata), "-T", "-v"]
+    # At low priority: the engines inspect, and BFD proves it, on the same cores meanwhile.
+    limits = ["nice", "-n", "10", "prlimit", f"--as={TRIAL_MEMORY}", "--core=0", "--"]
+    argv = [*limits, str(suricata), "-T", "-v"]
     argv += ["-c", str(config), "-S", str(rules), "-l", str(log_dir)]
     # Without it, the configuration decides whether there is anything to read.
     env = {"SC_LOG_LEVEL": "Info"}

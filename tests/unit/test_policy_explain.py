@@ -48,13 +48,14 @@ def test_an_inspected_connection_goes_round_by_its_lane() -> None:
     assert said.reason == (
         "policy web-to-app (priority 100) says inspect (prevent, closed on failure)"
     )
-    head = ["CLASSIFY", "GUARD", "ENDPOINT", "CONNECTION", "POLICY"]
+    head = ["CLASSIFY", "GUARD", "ENDPOINT", "CONNECTION", "POLICY", "COMMIT"]
     assert list_steps(said.forward) == [
         *head,
         "STEER (lane prevent, VLAN 3901)",
         "leg A (leg-p-a)",
         "service host (queue 0, 1, engine prevent)",
         "leg B (leg-p-b)",
+        "CLASSIFY (from a leg)",
         "RETURN",
         "DELIVER",
     ]
@@ -64,6 +65,7 @@ def test_an_inspected_connection_goes_round_by_its_lane() -> None:
         "leg B (leg-p-b)",
         "service host (queue 0, 1, engine prevent)",
         "leg A (leg-p-a)",
+        "CLASSIFY (from a leg)",
         "RETURN",
         "DELIVER",
     ]
@@ -110,6 +112,8 @@ def test_direct_and_denied_connections() -> None:
         "ENDPOINT",
         "CONNECTION",
         "POLICY",
+        "COMMIT",
+        "STEER",
         "DIRECT",
     ]
     assert said.answers == said.forward
@@ -123,13 +127,13 @@ def test_what_no_policy_names_goes_direct_by_the_shortest_way() -> None:
     policies = build_set(build_policy("web-to-app", WEB, APP))
     said = ask(policies, "db-1", build_vm_id(6))
     assert (said.verdict, said.policy) == (Verdict.BLIND, None)
-    assert list_steps(said.forward) == list_steps(said.answers) == ["CLASSIFY", "DIRECT"]
+    assert list_steps(said.forward) == list_steps(said.answers) == ["CLASSIFY", "GUARD", "DIRECT"]
     assert "no policy names it" in said.reason
     assert said.passed_over[0].reasons[1] == (
         f"destination {build_vm_id(6)} (in no zone) is not in zone app"
     )
     one_named = ask(policies, "db-1", "web-1")
-    assert [step.name for step in one_named.forward] == ["CLASSIFY", "DIRECT"]
+    assert [step.name for step in one_named.forward] == ["CLASSIFY", "GUARD", "DIRECT"]
     assert [step.name for step in one_named.answers] == ["CLASSIFY", "GUARD", "ENDPOINT", "DIRECT"]
     both_named = ask(policies, "app-1", "web-1")
     assert [step.name for step in both_named.forward][-2:] == ["POLICY", "DIRECT"]

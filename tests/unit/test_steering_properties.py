@@ -9,6 +9,7 @@ from steering.check import check_program
 from steering.compile import compile_program
 from steering.decide import Connection, decide, resolve_machines
 from steering.diff import build_bundle, build_present
+from steering.explain import explain
 from steering.flows import Present, Program
 from steering.model import Deny, Family, Inspect, OnFailure, PolicySet, Protocol
 from steering.pipeline import build_group_id, build_steer_key
@@ -245,3 +246,27 @@ def test_the_steer_keys_of_lanes_never_meet() -> None:
         for answer in (False, True)
     ]
     assert len(set(keys)) == len(keys)
+
+
+@many
+@given(policy_sets(), pairs, protocols, st.sampled_from(Family), st.integers(0, 1500))
+def test_explain_tells_the_tables_that_the_packet_really_meets(
+    policies: PolicySet, pair: list[int], protocol: Protocol, family: Family, port: int
+) -> None:
+    machines = resolve_machines(policies, PORTS)
+    connection = Connection(family, protocol, None if protocol is Protocol.ICMP else port)
+    ends = [f"vm-{number}" for number in pair]
+    said = explain(policies, machines, LANES, ends[0], ends[1], connection)
+    if said.action is None and protocol is not Protocol.TCP:
+        return  # without a SYN its first packet may be an answer to something; see the walk
+    simulator = Simulator(compile_for(policies))
+    met = simulator.send(build_first(pair, protocol, family, port)).tables
+    # LEARN is a look aside, CONNECTION is met again with conntrack's answer, and a bucket is no table.
+    met = [
+        table
+        for table, before in zip(met, ["", *met], strict=False)
+        if table not in ("LEARN", before)
+    ]
+    told = [step.name for step in said.forward]
+    until_leg = told[: told.index("leg A")] if "leg A" in told else told
+    assert met == until_leg
