@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +19,7 @@ from appliance.alerts.history import (
 )
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.store import Store, StoreError
+from appliance.api.auth import ensure_token
 from appliance.api.server import open_server
 from appliance.export.exporter import Exporter
 from appliance.inspection.config import build_engine_config, render_engine_config
@@ -56,29 +55,6 @@ def run_serve(settings: Settings) -> int:
     return asyncio.run(_serve(settings))
 
 
-def read_token(path: Path) -> str:
-    """The API's bearer token; made, with mode 0600, if there is none. Raises HairpinError."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    except OSError as fault:
-        raise HairpinError(f"{path}: {fault.strerror}", "check the state directory") from fault
-    else:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(secrets.token_urlsafe(32) + "\n")
-    try:
-        status = path.stat()
-        token = path.read_text().strip()
-    except OSError as fault:
-        raise HairpinError(f"{path}: {fault.strerror}", "make it readable to this user") from fault
-    if status.st_mode & 0o077:
-        raise HairpinError(f"{path} may be read by others", f"chmod 600 {path}, and replace it")
-    if len(token) < 16:
-        raise HairpinError(f"{path} holds no token of 16 characters or more", f"remove {path}")
-    return token
-
-
 def write_trial_config(settings: Settings, profile: Profile) -> Path:
     """The configuration that a profile's engine runs on, for testing its rules. Raises HairpinError."""
     lane = next(lane for lane in settings.build_lanes() if lane.profile is profile)
@@ -94,7 +70,7 @@ async def _serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     settings.state_dir.mkdir(parents=True, exist_ok=True)
-    token = read_token(settings.token_file)
+    token = ensure_token(settings.token_file)
     store = Store(settings.database)
     try:
         await _run(settings, token, store, stop)

@@ -46,11 +46,20 @@ def read_token(path: Path) -> str:
 
 
 def ensure_token(path: Path) -> str:
-    """As `read_token`; makes the file (mode 0600, 256 random bits) when there is none."""
+    """The service's own token; makes the file (mode 0600, 256 random bits) when there is none.
+
+    Raises HairpinError as `read_token`, and when others than its owner may use the file.
+    """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return read_token(path)
+        token = read_token(path)
+        if path.stat().st_mode & 0o077:
+            raise HairpinError(
+                f"the token file {path} may be used by others than its owner",
+                f"chmod 600 {path}; if others could read it, remove it, and restart the service",
+            ) from None
+        return token
     except OSError as fault:
         raise HairpinError(
             f"the token file {path} can't be made: {fault.strerror}",

@@ -355,6 +355,15 @@ def test_the_token_is_made_once_and_is_private(tmp_path: Path) -> None:
     assert not check_token(token, token)
 
 
+@pytest.mark.parametrize("mode", [0o604, 0o640, 0o620, 0o644])
+def test_the_service_refuses_a_token_that_others_may_use(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "token"
+    ensure_token(path)
+    path.chmod(mode)
+    with pytest.raises(HairpinError, match="chmod 600"):
+        ensure_token(path)
+
+
 def test_a_token_file_that_holds_none_is_told(tmp_path: Path) -> None:
     path = tmp_path / "token"
     with pytest.raises(HairpinError, match="--token-file"):
