@@ -23,6 +23,8 @@ from typing import Any
 from appliance.lab import hypervisor, network, processes, services
 from appliance.lab.plan import DEFAULT_VMS, ROOT, LabState, build_state, check_lab_name
 from appliance.lab.store import hold_lock, read_state, write_state
+from appliance.visibility.group import remove_groups
+from appliance.visibility.main import build_group_name
 from steering.errors import FieldError, HairpinError, WrongInput
 from steering.run import run
 
@@ -269,6 +271,8 @@ def _take_down(name: str, state: LabState | None) -> None:
         )
     for namespace in found:
         network.remove_namespace(namespace)
+    # The observer can't remove its own group: it is in it until it ends.
+    remove_groups(build_group_name(name, ROOT / name / "run"))
     if (ROOT / name).exists():
         shutil.rmtree(ROOT / name)
     network.remove_netns_mount()

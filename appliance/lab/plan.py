@@ -322,7 +322,7 @@ def _merge(document: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 def render_settings(state: LabState) -> str:
     """The settings file of this lab's appliance, as YAML.
 
-    No network namespace is named: `inspect` and `observe` are started inside theirs.
+    `inspect` is started inside its network namespace; `observe` enters its own.
     """
     document: dict[str, Any] = {
         "apiVersion": "hairpin/v1",
@@ -347,7 +347,7 @@ def render_settings(state: LabState) -> str:
             for lane in state.lanes
         ],
         "api": {"listen": "127.0.0.1", "port": state.api_port},
-        "visibility": {"device": MIRROR_DEVICE},
+        "visibility": {"device": MIRROR_DEVICE, "netns": state.observer},
     }
     return yaml.safe_dump(_merge(document, state.overrides), sort_keys=False)
 

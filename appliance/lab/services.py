@@ -81,8 +81,9 @@ def build_service_argv(state: LabState, role: str) -> list[str]:
     if role == SERVE:
         return expose.build_argv([*_setpriv(""), *command])
     if role == OBSERVE:
-        inside = ["ip", "netns", "exec", state.observer]
-        return [*inside, *expose.build_argv([*_setpriv(",+net_raw"), *command])]
+        # Not by `ip netns exec`, which hides the control groups: it enters the namespace by itself,
+        # then gives up all but CAP_NET_RAW.
+        return expose.build_argv(command)
     if role == INSPECT:
         # Root in the service host: it makes bridges, and gives up what an engine doesn't need.
         return ["ip", "netns", "exec", state.service_host, *expose.build_argv(command)]

@@ -7,6 +7,7 @@ import pwd
 import sys
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 from pyroute2 import netns
@@ -25,9 +26,9 @@ USER = "hairpin"
 CAPABILITY = "net_raw"
 
 
-def build_group_name(settings: Settings) -> str:
+def build_group_name(name: str, run_dir: Path) -> str:
     """The control group's name: one for each run directory, for several may share a name."""
-    return f"hairpin-observe-{settings.name}-{zlib.crc32(bytes(settings.run_dir)):08x}"
+    return f"hairpin-observe-{name}-{zlib.crc32(bytes(run_dir)):08x}"
 
 
 def build_confined(user: tuple[int, int] | None, command: Sequence[str]) -> list[str]:
@@ -116,7 +117,7 @@ def run_observe(settings: Settings) -> int:
     )
     as_root = os.geteuid() == 0
     user, reasons = _choose_user(config) if as_root else (None, [])
-    group, group_reasons = make_group(build_group_name(settings), user)
+    group, group_reasons = make_group(build_group_name(settings.name, settings.run_dir), user)
     isolation = Isolation(
         user=USER if user else pwd.getpwuid(os.geteuid()).pw_name,
         capabilities=(CAPABILITY,),

@@ -264,7 +264,7 @@ def observer(switch: Switch, tmp_path: Path) -> Iterator[Observer]:
         observing.process.wait(10)
         for process in observing.survivors():
             process.kill()
-        remove_groups(build_group_name(observing.settings))
+        remove_groups(build_group_name(observing.settings.name, observing.settings.run_dir))
 
 
 @pytest.mark.slow
@@ -476,7 +476,7 @@ def test_a_missing_device_is_refused(switch: Switch, tmp_path: Path) -> None:
         run(["ip", "-n", switch.netns("mon"), "link", "set", "other", "down"])
         run(["ip", "-n", switch.netns("mon"), "link", "set", "other", "name", "mir0"])
         run(["ip", "-n", switch.netns("mon"), "link", "set", "mir0", "up"])
-        remove_groups(build_group_name(observing.settings))
+        remove_groups(build_group_name(observing.settings.name, observing.settings.run_dir))
 
 
 @contextlib.contextmanager
