@@ -124,6 +124,9 @@ def compile_program(
         _add_classify(book, port)
         _add_learn(book, port)
         _add_guard(book, port, strict=port.ofport in in_scope)
+        # For every port: frames that are in a lane when their VM leaves all policies still arrive.
+        cookie = build_cookie(CookieKind.PORT, port.ofport)
+        book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
     for port in scoped:
         _add_destination(book, port)
     if scoped:
@@ -258,7 +261,6 @@ def _add_destination(book: FlowBook, port: Port) -> None:
             f"{set_register(DESTINATION, port.ofport)},{go_to(Table.CONNECTION)}",
             cookie,
         )
-    book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
 
 
 def _add_connection(book: FlowBook) -> None:
