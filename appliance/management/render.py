@@ -12,6 +12,7 @@ from appliance.alerts.model import Event as StoredEvent
 from appliance.alerts.model import FlowRecord
 from appliance.api import documents as doc
 from appliance.rules.model import ProfileState, RuleInfo
+from steering.counters import Counters
 from steering.coverage import Coverage, PairCoverage, ServiceCoverage, Status
 from steering.diff import Bundle
 from steering.explain import Considered, Explanation, Step
@@ -103,6 +104,41 @@ def build_coverage_summary(coverage: Coverage) -> doc.CoverageSummary:
         inspected_percent=found.inspected.percent,
         blind_percent=found.blind.percent,
     )
+
+
+def build_counter_gaps(
+    counters: Counters, machines: Sequence[Machine]
+) -> tuple[doc.CoverageGap, ...]:
+    """What the switch counted that was neither inspected nor a policy's choice."""
+    owners = {port.ofport: machine for machine in machines for port in machine.ports}
+    gaps = [
+        doc.CoverageGap(
+            reason=f"{count.bypassed.packets} packets ({count.bypassed.bytes} bytes) passed "
+            f"uninspected by open policies while lane {lane} was down",
+            mend="`hairpin events` tells when; onFailure: closed lets none pass",
+        )
+        for lane, count in counters.lanes.items()
+        if count.bypassed.packets
+    ]
+    for counted, what, mend in (
+        (
+            counters.spoofed,
+            "were dropped that lied about their sender (MAC, ARP or ND)",
+            "look at the VM; a second MAC of its own (VRRP, nested VMs) is taken for a lie too",
+        ),
+        (
+            counters.tagged,
+            "were dropped that carried a VLAN tag of the VM's own",
+            "a VM that policies name must send untagged frames",
+        ),
+    ):
+        for ofport, count in sorted(counted.items()):
+            machine = owners.get(ofport)
+            if count.packets and machine is not None:
+                reason = f"{count.packets} frames of {machine.name} or in its name {what}"
+                vms = (build_name(machine.vm_id, machine.name),)
+                gaps.append(doc.CoverageGap(reason=reason, mend=mend, vms=vms))
+    return tuple(gaps)
 
 
 def build_pair_changes(before: Coverage, after: Coverage) -> tuple[doc.PairChange, ...]:

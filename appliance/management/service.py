@@ -45,7 +45,7 @@ from appliance.version import find_version
 from appliance.visibility.state import Sample, build_sample, compare, is_fresh, read_state
 from steering.coverage import build_coverage
 from steering.decide import Connection
-from steering.errors import FieldError, HairpinError, WrongInput
+from steering.errors import FieldError, HairpinError, SwitchError, WrongInput
 from steering.explain import explain
 from steering.model import Lane, MachineRecord, PolicySet
 from steering.parse import parse_documents, parse_objects, render_documents
@@ -285,13 +285,23 @@ class Management:
         health = build_health(self._facts())
         return doc.Coverage(
             summary=render.build_coverage_summary(coverage),
-            gaps=tuple(
-                doc.CoverageGap(reason=problem.reason, mend=problem.mend)
-                for problem in health.problems
+            gaps=(
+                *(
+                    doc.CoverageGap(reason=problem.reason, mend=problem.mend)
+                    for problem in health.problems
+                ),
+                *await self._count_gaps(),
             ),
             items=tuple(render.build_pair(pair) for pair in page),
             next=following,
         )
+
+    async def _count_gaps(self) -> tuple[doc.CoverageGap, ...]:
+        try:
+            counters = await self._reconciler.read_counters()
+        except SwitchError:
+            return ()  # health already tells that the switch is out of reach
+        return render.build_counter_gaps(counters, self._reconciler.machines())
 
     async def explain(self, query: ask.ExplainQuery) -> doc.Explanation:
         connection = Connection(query.family, query.protocol, query.port)
