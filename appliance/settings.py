@@ -6,12 +6,21 @@ wrong values are refused, all at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from steering.documents import Decoded, parse_text
 from steering.errors import FieldError, WrongInput
 from steering.model import Lane, Leg, Profile
 
@@ -19,33 +28,53 @@ Vlan = Annotated[int, Field(ge=1, le=4094)]
 QueueNumber = Annotated[int, Field(ge=0, le=65535)]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
 InterfaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$")]
+NamespaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+# Plain TCP is taken from this machine only: nothing proves who is at the other end.
+Connection = Annotated[
+    str,
+    Field(
+        pattern=r"^(unix:/[^\s]+|ssl:(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+        r"|tcp:(127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|\[::1\])(:[0-9]{1,5})?)$"
+    ),
+]
+
+
+def _check_absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("a path must begin with /")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_check_absolute)]
 
 
 class Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class SwitchSettings(Document):
     """The bridge that is steered, reached by connection strings as OVS writes them."""
 
-    ovsdb: str = Field(
+    ovsdb: Connection = Field(
         default="unix:/run/openvswitch/db.sock",
-        pattern=r"^(unix:/|ssl:|tcp:(127\.|\[::1\]))",
         description="OVSDB server: `unix:PATH`, or `ssl:HOST:PORT`; `tcp:` to loopback only.",
     )
-    bridge: str = Field(default="br-int", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$")
-    openflow: str = Field(
-        default="unix:/run/openvswitch/br-int.mgmt",
-        pattern=r"^(unix:/|ssl:|tcp:(127\.|\[::1\]))",
-        description="The bridge's OpenFlow management connection.",
+    bridge: InterfaceName = Field(default="br-int", description="The integration bridge's name.")
+    openflow: Connection = Field(
+        default_factory=lambda known: f"unix:/run/openvswitch/{known['bridge']}.mgmt",
+        json_schema_extra={"default": "unix:/run/openvswitch/BRIDGE.mgmt"},
+        description="The bridge's OpenFlow management connection, written as `ovsdb`.",
     )
-    vswitchd: Path | None = Field(
+    vswitchd: AbsolutePath | None = Field(
         default=None,
         description="ovs-vswitchd's control socket, for `ofproto/trace`; none over the network.",
     )
 
 
 class LegSettings(Document):
+    """One pair of ends between the switch and the service host."""
+
     interface: InterfaceName = Field(description="The OVS port.")
     device: InterfaceName = Field(description="Its other end, in the service host.")
 
@@ -53,75 +82,129 @@ class LegSettings(Document):
 class LaneSettings(Document):
     """One lane: an inspection profile with its VLAN, its queues and its two legs."""
 
-    profile: Profile
-    vlan: Vlan
-    queues: tuple[QueueNumber, ...] = Field(min_length=1, max_length=64)
-    leg_a: LegSettings = Field(alias="legA")
-    leg_b: LegSettings = Field(alias="legB")
+    profile: Profile = Field(description="What its engine does with what it finds.")
+    vlan: Vlan = Field(description="Inspected frames carry it between switch and engine.")
+    queues: tuple[QueueNumber, ...] = Field(
+        min_length=1,
+        max_length=64,
+        description="NFQUEUE numbers in a row, as `[0, 1]`; one engine thread for each.",
+    )
+    leg_a: LegSettings = Field(alias="legA", description="One way into the service host.")
+    leg_b: LegSettings = Field(alias="legB", description="The other way.")
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    @field_validator("queues")
+    @classmethod
+    def _queues_are_a_row(cls, queues: tuple[int, ...]) -> tuple[int, ...]:
+        if queues != tuple(range(queues[0], queues[0] + len(queues))):
+            raise ValueError("not consecutive numbers in rising order, as in [0, 1, 2]")
+        return queues
 
 
 class InspectionSettings(Document):
     """The engines: who they run as, what they are built on, how long they may take."""
 
     user: str = Field(default="hairpin-engine", description="The user each engine runs as.")
-    suricata: Path = Path("/usr/bin/suricata")
-    netns: str | None = Field(
+    suricata: AbsolutePath = Field(
+        default=Path("/usr/bin/suricata"), description="The engine's program."
+    )
+    netns: NamespaceName | None = Field(
         default=None,
         description="Network namespace of the service host (the lab's); none in the service VM.",
     )
     dialect: Literal["auto", "iptables", "nftables"] = Field(
         default="auto", description="How packets are queued; `auto` probes the kernel."
     )
-    require_hyperscan: bool = Field(default=True, alias="requireHyperscan")
+    require_hyperscan: bool = Field(
+        default=True,
+        alias="requireHyperscan",
+        description="Refuse an engine that is built without Hyperscan.",
+    )
     eve_limit_bytes: int = Field(
         default=256 * 2**20,
         alias="eveLimitBytes",
         ge=2**20,
-        description="EVE files are rotated at this size.",
+        description="EVE files are rotated at this size, in bytes.",
     )
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class RuleSource(Document):
     """Where rules come from beside the starter rules: a `file://` or `https://` URL, or an index name."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9./_-]{0,63}$")
-    url: str | None = Field(default=None, pattern=r"^(file:///|https://)")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9./_-]{0,63}$",
+        description="A name of your own with `url`; else one in suricata-update's index.",
+    )
+    url: str | None = Field(
+        default=None,
+        pattern=r"^(file:///|https://)",
+        description="`file:///...` or `https://...`; none: the index knows it.",
+    )
 
 
 class RulesSettings(Document):
+    """What each lane's ruleset is made of."""
+
     starter: bool = Field(default=True, description="Take the starter rules in `suricata/rules`.")
-    sources: tuple[RuleSource, ...] = ()
+    sources: tuple[RuleSource, ...] = Field(
+        default=(), description="Merged with the starter rules, in this order."
+    )
     floor: int = Field(
         default=1, ge=1, description="A ruleset with fewer rules than this is refused."
     )
 
+    @field_validator("sources")
+    @classmethod
+    def _sources_have_own_names(cls, sources: tuple[RuleSource, ...]) -> tuple[RuleSource, ...]:
+        _check_once("name", (source.name for source in sources))
+        return sources
+
 
 class ApiSettings(Document):
-    listen: str = Field(
-        default="127.0.0.1", description="Address to listen on; loopback unless changed."
-    )
-    port: PortNumber = 8470
-    body_limit_bytes: int = Field(default=4 * 2**20, alias="bodyLimitBytes", ge=1024)
+    """Where the management API is served: HTTP with a bearer token, the file `token` in `stateDir`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    listen: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. Elsewhere than on loopback, put TLS before it: "
+        "the token would pass in the clear.",
+    )
+    port: PortNumber = Field(default=8470, description="TCP port to listen on.")
+    body_limit_bytes: int = Field(
+        default=4 * 2**20,
+        alias="bodyLimitBytes",
+        ge=1024,
+        description="A larger request body is refused with 413.",
+    )
 
 
 class SyslogExport(Document):
     """A SIEM that takes RFC 5424 syslog with octet counting (RFC 6587, RFC 5425)."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
-    transport: Literal["tcp", "tls"] = "tls"
-    host: str
-    port: PortNumber = 6514
-    ca_file: Path | None = Field(default=None, alias="caFile")
-    cert_file: Path | None = Field(default=None, alias="certFile")
-    key_file: Path | None = Field(default=None, alias="keyFile")
+    name: Name = Field(description="Its cursor is kept under this name: a new name starts anew.")
+    transport: Literal["tcp", "tls"] = Field(
+        default="tls", description="`tcp` sends in the clear: over trusted networks only."
+    )
+    host: str = Field(min_length=1, max_length=253, description="The receiver's name or address.")
+    port: PortNumber = Field(default=6514, description="The receiver's port.")
+    ca_file: AbsolutePath | None = Field(
+        default=None,
+        alias="caFile",
+        description="CA certificates (PEM) that the receiver is checked with; none: the system's.",
+    )
+    cert_file: AbsolutePath | None = Field(
+        default=None, alias="certFile", description="Our own certificate (PEM), with `keyFile`."
+    )
+    key_file: AbsolutePath | None = Field(
+        default=None, alias="keyFile", description="Its private key (PEM)."
+    )
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    @model_validator(mode="after")
+    def _files_fit(self) -> SyslogExport:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("certFile and keyFile are given together or not at all")
+        if self.transport == "tcp" and (self.ca_file or self.cert_file):
+            raise ValueError("caFile, certFile and keyFile are for the transport tls")
+        return self
 
 
 class VisibilitySettings(Document):
@@ -130,42 +213,74 @@ class VisibilitySettings(Document):
     device: InterfaceName | None = Field(
         default=None, description="The mirror port's device; none: no records."
     )
-    netns: str | None = None
-    idle_seconds: int = Field(default=15, alias="idleSeconds", ge=1)
-    active_seconds: int = Field(default=60, alias="activeSeconds", ge=1)
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    netns: NamespaceName | None = Field(
+        default=None, description="Network namespace that the device is in (the lab's)."
+    )
+    idle_seconds: int = Field(
+        default=15, alias="idleSeconds", ge=1, description="A flow ends after this long in silence."
+    )
+    active_seconds: int = Field(
+        default=60,
+        alias="activeSeconds",
+        ge=1,
+        description="A flow that goes on is recorded this often.",
+    )
 
 
 class Settings(Document):
-    api_version: Literal["hairpin/v1"] = Field(default="hairpin/v1", alias="apiVersion")
-    kind: Literal["Settings"] = "Settings"
-    name: str = Field(default="hairpin", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
-    state_dir: Path = Field(default=Path("/var/lib/hairpin"), alias="stateDir")
-    run_dir: Path = Field(default=Path("/run/hairpin"), alias="runDir")
-    switch: SwitchSettings = Field(default_factory=SwitchSettings)
-    lanes: tuple[LaneSettings, ...] = Field(min_length=1, max_length=8)
-    inspection: InspectionSettings = Field(default_factory=InspectionSettings)
-    rules: RulesSettings = Field(default_factory=RulesSettings)
-    api: ApiSettings = Field(default_factory=ApiSettings)
-    export: tuple[SyslogExport, ...] = ()
-    visibility: VisibilitySettings = Field(default_factory=VisibilitySettings)
+    """All sections; only `lanes` has to be given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    api_version: Literal["hairpin/v1"] = Field(
+        default="hairpin/v1", alias="apiVersion", description="The version of this format."
+    )
+    kind: Literal["Settings"] = Field(default="Settings", description="What the file is.")
+    name: Name = Field(default="hairpin", description="This appliance, in health and in exports.")
+    state_dir: AbsolutePath = Field(
+        default=Path("/var/lib/hairpin"),
+        alias="stateDir",
+        description="What is kept: database, rulesets, token.",
+    )
+    run_dir: AbsolutePath = Field(
+        default=Path("/run/hairpin"),
+        alias="runDir",
+        description="What the processes share while they run: EVE files, sockets, records.",
+    )
+    switch: SwitchSettings = Field(
+        default_factory=SwitchSettings, description="The bridge that is steered."
+    )
+    lanes: tuple[LaneSettings, ...] = Field(
+        min_length=1,
+        max_length=8,
+        description="At least one; no two share a profile, VLAN, queue, port or device.",
+    )
+    inspection: InspectionSettings = Field(
+        default_factory=InspectionSettings, description="The engines."
+    )
+    rules: RulesSettings = Field(default_factory=RulesSettings, description="Their rules.")
+    api: ApiSettings = Field(default_factory=ApiSettings, description="The management API.")
+    export: tuple[SyslogExport, ...] = Field(
+        default=(), description="Receivers of every alert; each has a name of its own."
+    )
+    visibility: VisibilitySettings = Field(
+        default_factory=VisibilitySettings, description="Flow records."
+    )
 
-    @model_validator(mode="after")
-    def _lanes_do_not_share(self) -> Settings:
-        shared: dict[str, list[str]] = {
-            "profile": [str(lane.profile) for lane in self.lanes],
-            "vlan": [str(lane.vlan) for lane in self.lanes],
-            "queue": [str(queue) for lane in self.lanes for queue in lane.queues],
-            "leg": [leg.interface for lane in self.lanes for leg in (lane.leg_a, lane.leg_b)],
-            "device": [leg.device for lane in self.lanes for leg in (lane.leg_a, lane.leg_b)],
-        }
-        for what, values in shared.items():
-            if len(set(values)) != len(values):
-                raise ValueError(f"two lanes share a {what}: {', '.join(values)}")
-        return self
+    @field_validator("lanes")
+    @classmethod
+    def _lanes_do_not_share(cls, lanes: tuple[LaneSettings, ...]) -> tuple[LaneSettings, ...]:
+        legs = [leg for lane in lanes for leg in (lane.leg_a, lane.leg_b)]
+        _check_once("profile", (str(lane.profile) for lane in lanes))
+        _check_once("vlan", (str(lane.vlan) for lane in lanes))
+        _check_once("queue", (str(queue) for lane in lanes for queue in lane.queues))
+        _check_once("leg interface", (leg.interface for leg in legs))
+        _check_once("leg device", (leg.device for leg in legs))
+        return lanes
+
+    @field_validator("export")
+    @classmethod
+    def _exports_have_own_names(cls, export: tuple[SyslogExport, ...]) -> tuple[SyslogExport, ...]:
+        _check_once("name", (one.name for one in export))
+        return export
 
     # Where things are, relative to the two directories: declared here and nowhere else.
 
@@ -223,23 +338,70 @@ class Settings(Document):
 
 def parse_settings(text: str) -> Settings:
     """Settings from YAML text. Raises WrongInput with every fault and its path."""
+    documents = parse_text(text)
+    if len(documents) > 1:
+        raise WrongInput([FieldError("(file)", f"{len(documents)} documents; one is read")])
+    document = documents[0] if documents else {}
+    faults = [FieldError(path, "stands here more than once") for path in _find_repeated(document)]
     try:
-        return Settings.model_validate(yaml.safe_load(text) or {})
-    except yaml.YAMLError as fault:
-        raise WrongInput([FieldError("(file)", f"not YAML: {fault}")]) from fault
+        settings = Settings.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as fault:
-        raise WrongInput(
-            [
-                FieldError(".".join(map(str, error["loc"])) or "(file)", error["msg"])
-                for error in fault.errors()
-            ]
-        ) from fault
+        raise WrongInput([*faults, *_build_faults(fault)]) from fault
+    if faults:
+        raise WrongInput(faults)
+    return settings
 
 
 def read_settings(path: Path) -> Settings:
     """As `parse_settings`, from a file."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as fault:
         raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
+    except UnicodeDecodeError as fault:
+        raise WrongInput([FieldError(str(path), f"not UTF-8: {fault.reason}")]) from fault
     return parse_settings(text)
+
+
+def _check_once(what: str, values: Iterable[str]) -> None:
+    listed = list(values)
+    if repeated := sorted({value for value in listed if listed.count(value) > 1}):
+        raise ValueError(f"{what} {', '.join(repeated)} is used more than once")
+
+
+def _render_path(parts: Iterable[str | int]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return path.removeprefix(".") or "(file)"
+
+
+def _find_repeated(value: object, at: tuple[str | int, ...] = ()) -> Iterator[str]:
+    if isinstance(value, Decoded):
+        yield from (_render_path((*at, key)) for key in value.duplicates)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _find_repeated(inner, (*at, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _find_repeated(inner, (*at, number))
+
+
+def _build_faults(fault: ValidationError) -> list[FieldError]:
+    return [
+        FieldError(_render_path(error["loc"]), _render_reason(error))
+        for error in fault.errors()
+        # Not a fault: what it would be made from is at fault itself, and told.
+        if error["type"] != "default_factory_not_called"
+    ]
+
+
+def _render_reason(error: Any) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return "unknown key"
+        case "missing":
+            return "must be given"
+        case "model_type":
+            return "must be a mapping"
+        case "string_pattern_mismatch":
+            return f"{str(error['input'])[:120]!r} is not of the form {error['ctx']['pattern']}"
+    return str(error["msg"]).removeprefix("Value error, ")

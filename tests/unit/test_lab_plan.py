@@ -85,7 +85,7 @@ def test_the_settings_are_those_of_the_appliance_and_can_be_overridden() -> None
     assert [lane.profile for lane in settings.build_lanes()] == [Profile.PREVENT, Profile.DETECT]
     assert settings.rules.sources[0].name == "et"
     assert (settings.api.port, settings.api.listen) == (9, "127.0.0.1")
-    assert "netns" not in render_settings(state)
+    assert (settings.inspection.netns, settings.visibility.netns) == (None, state.observer)
     with pytest.raises(WrongInput, match="nonsense"):
         make(nonsense=True)
 
