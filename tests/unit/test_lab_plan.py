@@ -17,7 +17,6 @@ from appliance.lab.plan import (
     build_state,
     build_vm,
     build_vms,
-    render_settings,
 )
 from appliance.lab.store import parse_state, render_state
 from steering.errors import HairpinError, WrongInput
