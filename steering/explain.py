@@ -34,7 +34,8 @@ from steering.services import PORTED
 
 # The tables up to the point where ways part, by their names in the pipeline.
 TO_DIRECT = ("CLASSIFY", "GUARD", "DIRECT")
-TO_POLICY = ("CLASSIFY", "GUARD", "ENDPOINT", "CONNECTION", "POLICY")
+TO_ENDPOINT = ("CLASSIFY", "GUARD", "LEARN", "ENDPOINT")
+TO_POLICY = (*TO_ENDPOINT, "CONNECTION", "POLICY")
 
 
 class Verdict(StrEnum):
@@ -239,7 +240,7 @@ def _build_blind_way(sender_is_named: bool, receiver_is_named: bool) -> tuple[St
     """A VM that no policy names sends direct; one that is named is looked at first."""
     if not sender_is_named:
         return tuple(Step(table) for table in TO_DIRECT)
-    tables = TO_POLICY if receiver_is_named else TO_POLICY[:3]
+    tables = TO_POLICY if receiver_is_named else TO_ENDPOINT
     return (*(Step(table) for table in tables), Step("DIRECT", NO_POLICY.partition(":")[0]))
 
 

@@ -48,7 +48,7 @@ def test_an_inspected_connection_goes_round_by_its_lane() -> None:
     assert said.reason == (
         "policy web-to-app (priority 100) says inspect (prevent, closed on failure)"
     )
-    head = ["CLASSIFY", "GUARD", "ENDPOINT", "CONNECTION", "POLICY", "COMMIT"]
+    head = ["CLASSIFY", "GUARD", "LEARN", "ENDPOINT", "CONNECTION", "POLICY", "COMMIT"]
     assert list_steps(said.forward) == [
         *head,
         "STEER (lane prevent, VLAN 3901)",
@@ -109,6 +109,7 @@ def test_direct_and_denied_connections() -> None:
     assert list_steps(said.forward) == [
         "CLASSIFY",
         "GUARD",
+        "LEARN",
         "ENDPOINT",
         "CONNECTION",
         "POLICY",
@@ -134,7 +135,13 @@ def test_what_no_policy_names_goes_direct_by_the_shortest_way() -> None:
     )
     one_named = ask(policies, "db-1", "web-1")
     assert [step.name for step in one_named.forward] == ["CLASSIFY", "GUARD", "DIRECT"]
-    assert [step.name for step in one_named.answers] == ["CLASSIFY", "GUARD", "ENDPOINT", "DIRECT"]
+    assert [step.name for step in one_named.answers] == [
+        "CLASSIFY",
+        "GUARD",
+        "LEARN",
+        "ENDPOINT",
+        "DIRECT",
+    ]
     both_named = ask(policies, "app-1", "web-1")
     assert [step.name for step in both_named.forward][-2:] == ["POLICY", "DIRECT"]
 
