@@ -1,9 +1,26 @@
-"""For all tests: only warnings of the product's own logs, so that a failure can be read."""
+"""For all tests: the fast ones first, and only warnings of the product's own logs."""
 
 from __future__ import annotations
 
 import logging
 
+import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+# How long an example takes says more about the machine's other load than about the code; with CI set,
+# hypothesis takes the same examples each time.
+settings.register_profile(
+    "hairpin",
+    parent=settings(),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("hairpin")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs no lab runs first: it is quick, and tells of a fault sooner. Else the order stays."""
+    items.sort(key=lambda item: item.get_closest_marker("lab") is not None)
