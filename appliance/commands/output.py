@@ -126,8 +126,13 @@ def render_endpoint(address: str, port: int | None, name: str | None) -> str:
 
 @contextlib.contextmanager
 def show_progress(text: str) -> Iterator[None]:
-    """Tell that something takes its time: a spinner on a terminal, else one plain line."""
-    if sys.stderr.isatty():
+    """Tell that something takes its time: a spinner on a terminal, else one plain line.
+
+    Nothing with --json: stderr then has problem documents and nothing else.
+    """
+    if JSON_WANTED.get():
+        yield
+    elif sys.stderr.isatty():
         with Console(stderr=True).status(Text(text)):
             yield
     else:

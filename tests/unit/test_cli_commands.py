@@ -181,6 +181,14 @@ def test_a_plan_shows_what_would_change_and_changes_nothing(
     assert program.control.revision == 2
 
 
+def test_errors_with_json_are_alone_on_stderr(program: Program, tmp_path: Path) -> None:
+    file = tmp_path / "policies.yaml"
+    file.write_text(EMPTY)
+    stale = program.run("policy", "apply", str(file), "--etag", "1-other", "--json")
+    assert (stale.status, stale.out) == (1, "")
+    assert json.loads(stale.err)["status"] == 412
+
+
 def test_policies_are_read_from_stdin(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(EMPTY.encode())))
     assert program.run("policy", "apply", "-", "--json").document["applied"] is True
