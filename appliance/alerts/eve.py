@@ -14,6 +14,7 @@ from datetime import datetime
 from ipaddress import ip_address
 from typing import Any
 
+from appliance.alerts.excerpt import append_segment, find_segment
 from appliance.alerts.model import EveAlert, Http, Malformed, Opener, Signature, Verdict
 from steering.model import Family
 
@@ -168,6 +169,7 @@ def _parse_alert(event: dict[str, Any], text: str) -> EveAlert:
     references = [r for r in _find_texts(alert.get("references")) if "cve" in r.lower()]
     direction = event.get("direction")
     protocol = _WORD.sub("", _read_text(event, "proto", 32).lower())
+    payload, printable = _read_payload(event)
     return EveAlert(
         at=_read_time(event),
         source_address=packet.source,
@@ -192,10 +194,8 @@ def _parse_alert(event: dict[str, Any], text: str) -> EveAlert:
             _bound(text, 128) for text in _find_texts(metadata.get("affected_product"))
         ),
         app_proto=_read_text(event, "app_proto", 32) or None,
-        payload=_read_base64(event.get("payload")),
-        payload_printable=_UNSTORABLE.sub(
-            "\ufffd", str(event.get("payload_printable") or "")[:PAYLOAD_LIMIT]
-        ),
+        payload=payload,
+        payload_printable=_UNSTORABLE.sub("\ufffd", printable),
         http=_read_http(event.get("http")),
         community_id=_read_text(event, "community_id", 64) or None,
         flow_id=_read_int(event, "flow_id", 0, 2**63 - 1),
@@ -267,6 +267,14 @@ def _read_int(values: Mapping[str, Any], key: str, least: int, most: int) -> int
 def _read_text(values: Mapping[str, Any], key: str, limit: int = _TEXT_LIMIT) -> str:
     value = values.get(key)
     return _bound(value, limit) if isinstance(value, str) else ""
+
+
+def _read_payload(event: Mapping[str, Any]) -> tuple[str, str]:
+    printable = str(event.get("payload_printable") or "")
+    segment = find_segment(event)
+    if segment:
+        return append_segment(event.get("payload"), printable, segment, PAYLOAD_LIMIT)
+    return _read_base64(event.get("payload")), printable[:PAYLOAD_LIMIT]
 
 
 def _read_base64(value: object) -> str:
