@@ -130,7 +130,8 @@ def compile_program(
     for port in scoped:
         _add_destination(book, port)
     if scoped:
-        _add_connection(book)
+        _add_connection(book, scoped)
+        _add_strays(book)
     for policy in policies.policies:
         openers = _find_ofports(scoped, owners, membership.find_members(policy.sources))
         answerers = _find_ofports(scoped, owners, membership.find_members(policy.destinations))
@@ -263,20 +264,47 @@ def _add_destination(book: FlowBook, port: Port) -> None:
         )
 
 
-def _add_connection(book: FlowBook) -> None:
-    """Ask conntrack who opened the connection. Without an answer (midstream), both are assumed."""
+def _add_strays(book: FlowBook) -> None:
+    """Unicast IP in a frame for many would be flooded past every policy, and UDP takes it.
+
+    Passed: multicast, the limited broadcast, and what looks like a subnet's (host part all ones in
+    /26 or wider).
+    """
+    many = "01:00:00:00:00:00/01:00:00:00:00:00"
+    direct, stray = go_to(Table.DIRECT), build_cookie(CookieKind.STRAY)
+    for passed in ("224.0.0.0/4", "255.255.255.255", "0.0.0.63/0.0.0.63"):
+        match = build_match("ip", dl_dst=many, nw_dst=passed)
+        book.add(Table.ENDPOINT, 90, match, direct, BASE)
+    book.add(
+        Table.ENDPOINT, 90, build_match("ipv6", dl_dst=many, ipv6_dst="ff00::/8"), direct, BASE
+    )
+    for keyword in IP_KEYWORDS:
+        book.add(Table.ENDPOINT, 80, build_match(keyword, dl_dst=many), "drop", stray)
+
+
+def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
+    """Ask conntrack who opened the connection. Without an answer (midstream), both are assumed.
+
+    A connection carries the port that opened it as its mark, and the answer counts only if it is the
+    sender's or the receiver's: conntrack knows addresses alone, and a VM that forges the other end's
+    could otherwise open a connection in its name and pass its own packets off as answers.
+    """
 
     def policy(direction: Direction) -> str:
         return f"{set_register(DIRECTION, direction)},{go_to(Table.POLICY)}"
 
-    commit = f"ct(commit,zone={CT_ZONE})"
+    mark = "exec(move:NXM_OF_IN_PORT[]->NXM_NX_CT_MARK[0..15])"
+    commit = f"ct(commit,zone={CT_ZONE},{mark})"
     table = Table.CONNECTION
+    for port in ports:
+        cookie, number = build_cookie(CookieKind.PORT, port.ofport), render_number(port.ofport)
+        opener = build_match(ct_state="+est-rel-rpl-inv+trk", ct_mark=number, in_port=port.ofport)
+        answer = build_match(ct_state="+est-rel+rpl-inv+trk", ct_mark=number, reg6=number)
+        book.add(table, 90, opener, policy(Direction.OPENER), cookie)
+        book.add(table, 90, answer, policy(Direction.ANSWER), cookie)
     for ip, tcp in zip(IP_KEYWORDS, TCP_KEYWORDS, strict=True):
         ask = f"ct(table={table.number},zone={CT_ZONE})"
         book.add(table, 100, build_match(ip, ct_state="-trk"), ask, BASE)
-        opener, answer = "+est-rel-rpl-inv+trk", "+est-rel+rpl-inv+trk"
-        book.add(table, 90, build_match(ip, ct_state=opener), policy(Direction.OPENER), BASE)
-        book.add(table, 90, build_match(ip, ct_state=answer), policy(Direction.ANSWER), BASE)
         syn = build_match(tcp, ct_state="+new-inv+trk", tcp_flags="+syn-ack")
         book.add(table, 90, syn, f"{commit},{policy(Direction.OPENER)}", BASE)
         midstream = build_match(tcp, ct_state="+new-inv+trk")

@@ -39,12 +39,16 @@ class LaneCount:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """``policies`` by policy name, ``lanes`` by lane name, ``spoofed`` and ``tagged`` by ofport."""
+    """``policies`` by policy name, ``lanes`` by lane name, ``spoofed`` and ``tagged`` by ofport;
+
+    ``strays`` are unicast IP packets in frames for many, of VMs in scope.
+    """
 
     policies: dict[str, Count]
     lanes: dict[str, LaneCount]
     spoofed: dict[int, Count]
     tagged: dict[int, Count]
+    strays: Count = Count()
 
 
 def build_counters(
@@ -59,6 +63,7 @@ def build_counters(
     spoofed: dict[int, Count] = {}
     tagged: dict[int, Count] = {}
     returned: dict[int, Count] = {}
+    strays = Count()
     for key, cookie, packets, size in flows:
         owner = parse_cookie(cookie)
         if owner is None:
@@ -71,6 +76,8 @@ def build_counters(
             spoofed[number] = spoofed.get(number, Count()) + count
         elif kind is CookieKind.TAGGED:
             tagged[number] = tagged.get(number, Count()) + count
+        elif kind is CookieKind.STRAY:
+            strays += count
         elif kind is CookieKind.LANE and key.table == Table.RETURN.number:
             returned[number] = returned.get(number, Count()) + count
     buckets = dict(groups)
@@ -88,4 +95,4 @@ def build_counters(
                 for packets, size in counted:
                     bypassed += Count(packets, size)
         by_lane[lane.name] = LaneCount(into, bypassed, returned.get(lane.number, Count()))
-    return Counters(by_policy, by_lane, spoofed, tagged)
+    return Counters(by_policy, by_lane, spoofed, tagged, strays)

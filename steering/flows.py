@@ -15,6 +15,7 @@ from steering.pipeline import Table
 FIELD_ORDER = (
     "conj_id",
     "ct_state",
+    "ct_mark",
     "(protocol)",
     "reg0",
     "reg1",
@@ -26,7 +27,9 @@ FIELD_ORDER = (
     "dl_src",
     "dl_dst",
     "nw_src",
+    "nw_dst",
     "ipv6_src",
+    "ipv6_dst",
     "arp_spa",
     "arp_sha",
     "nw_frag",

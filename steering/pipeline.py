@@ -102,6 +102,7 @@ class CookieKind(IntEnum):
     POLICY = 3  # number: build_policy_number(name)
     LANE = 4  # number: lane number
     ADDRESS = 5  # learned; number: ofport
+    STRAY = 7  # a drop: unicast IP in a frame for many; number 0
     TAGGED = 6  # a drop of the guard: tagged frames of a VM; number: ofport
 
 

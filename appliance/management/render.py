@@ -138,6 +138,12 @@ def build_counter_gaps(
                 reason = f"{count.packets} frames of {machine.name} or in its name {what}"
                 vms = (build_name(machine.vm_id, machine.name),)
                 gaps.append(doc.CoverageGap(reason=reason, mend=mend, vms=vms))
+    if counters.strays.packets:
+        reason = (
+            f"{counters.strays.packets} unicast IP packets in broadcast or multicast frames, sent by "
+            "VMs that policies name, were dropped: they would have passed uninspected"
+        )
+        gaps.append(doc.CoverageGap(reason=reason, mend="look for who sends them with tcpdump"))
     return tuple(gaps)
 
 

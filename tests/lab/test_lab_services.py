@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from appliance.lab import LabState, expose, processes, services
+from appliance.lab import LabState, expose, find_process, processes, services
 from steering.run import run
+from tests.support.lab import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -45,12 +46,24 @@ def test_serve_has_its_own_user_and_no_capability_and_reads_the_program(bare_lab
     }
 
 
-def test_observe_has_the_right_to_raw_sockets_and_no_other(bare_lab: LabState) -> None:
+def test_observe_has_the_right_to_raw_sockets_and_no_other(lab: LabState) -> None:
+    """It enters its namespace and its control group as root, then gives up all but one capability."""
     raw = f"{1 << 13:016x}"
-    found = run_as(bare_lab, services.OBSERVE)
-    assert found["uid"] == services.find_user().pw_uid
+    user = services.find_user()
+
+    def read_status() -> dict[str, str]:
+        text = Path(f"/proc/{find_process(lab, services.OBSERVE)[0]}/status").read_text()
+        return {
+            line.split(":")[0]: line.split()[1] for line in text.splitlines() if line.split()[1:]
+        }
+
+    assert wait_until(lambda: read_status()["Uid"] == str(user.pw_uid))
+    found = read_status()
     assert {found[key] for key in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {raw}
     assert found["NoNewPrivs"] == "1"
+    state = json.loads((lab.run_dir / "observe" / "state.json").read_text())
+    assert state["isolation"]["group"].startswith("cgroup")
+    assert state["isolation"]["reasons"] == []
 
 
 def test_a_tree_under_a_closed_directory_is_readable_and_nothing_beside_it(

@@ -35,6 +35,8 @@ class Frame:
     ack: bool = False
     fragment: str = "no"  # no, first, later
     vlan: int | None = None
+    src_ip: str = ""  # empty: the address that belongs to the MAC
+    dst_ip: str = ""
     extra: tuple[tuple[str, str], ...] = ()
 
     def answer(self, in_port: int) -> Frame:
@@ -46,32 +48,34 @@ class Frame:
 
 @dataclass
 class Conntrack:
-    """Who opened which connection: a set of (in_port, dl_src, dl_dst, protocol, ports)."""
+    """Who opened which connection, by addresses and ports as conntrack has it -> the mark."""
 
-    opened: set[tuple[Any, ...]] = field(default_factory=set)
+    opened: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     @staticmethod
     def key(frame: Frame) -> tuple[Any, ...]:
-        return (frame.ip, frame.protocol, frame.dl_src, frame.dl_dst, frame.tp_src, frame.tp_dst)
+        ends = (frame.src_ip or frame.dl_src, frame.dst_ip or frame.dl_dst)
+        return (frame.ip, frame.protocol, *ends, frame.tp_src, frame.tp_dst)
 
     @staticmethod
     def reverse(frame: Frame) -> tuple[Any, ...]:
-        return (frame.ip, frame.protocol, frame.dl_dst, frame.dl_src, frame.tp_dst, frame.tp_src)
+        ends = (frame.dst_ip or frame.dl_dst, frame.src_ip or frame.dl_src)
+        return (frame.ip, frame.protocol, *ends, frame.tp_dst, frame.tp_src)
 
-    def state(self, frame: Frame) -> set[str]:
+    def state(self, frame: Frame) -> tuple[set[str], int]:
         if self.key(frame) in self.opened:
-            return {"trk", "est"}
+            return {"trk", "est"}, self.opened[self.key(frame)]
         if self.reverse(frame) in self.opened:
-            return {"trk", "est", "rpl"}
+            return {"trk", "est", "rpl"}, self.opened[self.reverse(frame)]
         if frame.protocol not in (6, 17, 1, 58) or (
             frame.protocol == 6 and frame.syn and frame.ack
         ):
-            return {"trk", "inv"}
-        return {"trk", "new"}
+            return {"trk", "inv"}, 0
+        return {"trk", "new"}, 0
 
     def commit(self, frame: Frame) -> None:
         if self.reverse(frame) not in self.opened:
-            self.opened.add(self.key(frame))
+            self.opened.setdefault(self.key(frame), frame.in_port)
 
 
 @dataclass
@@ -83,6 +87,17 @@ class Journey:
     groups: list[int] = field(default_factory=list)
     normal: bool = False
     learned: int = 0
+
+
+def split_actions(text: str) -> list[str]:
+    """At the commas that stand in no parentheses."""
+    parts, depth, begin = [], 0, 0
+    for place, sign in enumerate(f"{text},"):
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and not depth:
+            parts.append(text[begin:place])
+            begin = place + 1
+    return parts
 
 
 class Simulator:
@@ -149,6 +164,11 @@ class Simulator:
                 ok = registers.get(name, 0) & mask == want & mask
             elif name == "in_port":
                 ok = frame.in_port == int(value)
+            elif name == "ct_mark":
+                ok = registers.get("ct_mark", 0) == int(value, 0)
+            elif name == "dl_dst" and "/" in value:
+                assert value == "01:00:00:00:00:00/01:00:00:00:00:00", value
+                ok = bool(int(frame.dl_dst[:2], 16) & 1)
             elif name in ("dl_src", "dl_dst"):
                 ok = getattr(frame, name) == value
             elif name == "dl_vlan":
@@ -178,6 +198,8 @@ class Simulator:
                 "ipv6_src",
                 "nd_target",
                 "nw_src",
+                "nw_dst",
+                "ipv6_dst",
             ):
                 ok = extra.get(name) == value
             else:
@@ -200,7 +222,7 @@ class Simulator:
         ct: set[str],
         journey: Journey,
     ) -> None:
-        for action in re.split(r",(?![^()]*\))", actions):
+        for action in split_actions(actions):
             if action == "drop":
                 return
             if action == "NORMAL":
@@ -223,7 +245,8 @@ class Simulator:
                 self.conntrack.commit(frame)
             elif found := re.fullmatch(r"ct\(table=(\d+),zone=\d+\)", action):
                 # As the switch does: go on in the table with the connection's state.
-                self._enter(int(found[1]), frame, registers, self.conntrack.state(frame), journey)
+                state, mark = self.conntrack.state(frame)
+                self._enter(int(found[1]), frame, {**registers, "ct_mark": mark}, state, journey)
             elif action.startswith("learn("):
                 journey.learned += "table=90," in action
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -261,12 +263,66 @@ def test_explain_tells_the_tables_that_the_packet_really_meets(
         return  # without a SYN its first packet may be an answer to something; see the walk
     simulator = Simulator(compile_for(policies))
     met = simulator.send(build_first(pair, protocol, family, port)).tables
-    # LEARN is a look aside, CONNECTION is met again with conntrack's answer, and a bucket is no table.
-    met = [
-        table
-        for table, before in zip(met, ["", *met], strict=False)
-        if table not in ("LEARN", before)
-    ]
+    # CONNECTION is met again with conntrack's answer, and a bucket is no table.
+    met = [table for table, before in zip(met, ["", *met], strict=False) if table != before]
     told = [step.name for step in said.forward]
     until_leg = told[: told.index("leg A")] if "leg A" in told else told
     assert met == until_leg
+
+
+@many
+@given(
+    policy_sets(),
+    pairs,
+    protocols,
+    st.sampled_from(Family),
+    st.integers(0, 1500),
+    st.integers(1, 6),
+)
+def test_a_forged_opener_does_not_make_an_attack_an_answer(
+    policies: PolicySet,
+    pair: list[int],
+    protocol: Protocol,
+    family: Family,
+    port: int,
+    accomplice: int,
+) -> None:
+    """Somebody but the target opens a connection in its name first, by forged addresses."""
+    if (
+        not isinstance(decide_first(policies, pair, protocol, family, port), Inspect)
+        or accomplice == pair[1]
+    ):
+        return
+    simulator = Simulator(compile_for(policies))
+    attack = build_first(pair, protocol, family, port)
+    forged = replace(
+        attack,
+        in_port=accomplice,
+        dl_src=PORTS[accomplice - 1].mac,
+        dl_dst=PORTS[accomplice % 6].mac,
+        src_ip=attack.dl_dst,
+        dst_ip=attack.dl_src,
+        tp_src=attack.tp_dst,
+        tp_dst=attack.tp_src,
+    )
+    simulator.send(forged)
+    journey = simulator.send(attack)
+    assert not journey.normal, "inspected, or dropped by a deny that may take it"
+
+
+@many
+@given(policy_sets(), pairs)
+def test_unicast_in_a_frame_for_many_is_not_flooded(policies: PolicySet, pair: list[int]) -> None:
+    program = compile_for(policies)
+    simulator = Simulator(program)
+    scoped = {
+        flow.cookie & 0xFFFF
+        for flow in program.flows
+        if flow.match.endswith("vlan_tci=0x1000/0x1000")
+    }
+    frame = build_first(pair, Protocol.UDP, Family.IPV4, 53)
+    for address in ("ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"):
+        flooded = simulator.send(replace(frame, dl_dst=address)).normal
+        assert flooded == (pair[0] not in scoped)
+        many = replace(frame, dl_dst=address, extra=(("nw_dst", "224.0.0.0/4"),))
+        assert simulator.send(many).normal, "multicast goes as it went"
