@@ -224,6 +224,7 @@ class Appliance:
             return False
 
     def write(self, documents: Sequence[dict[str, Any]], name: str = "policies.yaml") -> Path:
+        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / name
         path.write_text(yaml.safe_dump_all(documents))
         return path
