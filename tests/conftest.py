@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+# A run in the background of a script ignores Ctrl-C, and so would every program it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine's other load than about the code; with CI set,
 # hypothesis takes the same examples each time.

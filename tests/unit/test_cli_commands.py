@@ -44,6 +44,15 @@ class Ended:
         return json.loads(self.out)
 
 
+class Child(subprocess.Popen[str]):
+    """A process that does not outlive a test that failed, and does not hold it up."""
+
+    def __exit__(self, *failure: Any) -> None:
+        if failure[0] is not None:
+            self.kill()
+        super().__exit__(*failure)
+
+
 @dataclass
 class Program:
     """Runs `hairpin` inside this process, or as one of its own."""
@@ -59,8 +68,8 @@ class Program:
         said = self.capsys.readouterr()
         return Ended(status, said.out, said.err)
 
-    def start(self, *argv: str, **more: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def start(self, *argv: str, **more: Any) -> Child:
+        return Child(
             [sys.executable, "-m", "appliance.cli", *argv],
             cwd=ROOT,
             env={**os.environ, **self.env},
