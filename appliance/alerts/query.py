@@ -6,7 +6,7 @@ A cursor is the id of the last item of a page, as text; the page after it begins
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Generic, TypeVar
@@ -103,31 +103,18 @@ async def find_latest_alert_id(store: Store) -> int:
     return int(rows[0]["id"])
 
 
-async def watch_from(
-    store: Store,
-    last_id: int,
-    wait_newer: Callable[[int], Awaitable[object]],
-    wanted: AlertFilter | None = None,
-    *,
-    limit: int = 200,
-) -> AsyncIterator[Alert]:
-    """Every alert after ``last_id`` in the order of their ids, for ever.
+async def find_alerts_after(
+    store: Store, after: int, wanted: AlertFilter | None = None, *, limit: int = 200
+) -> tuple[tuple[Alert, ...], int]:
+    """The next alerts after the id ``after``, in the order of their ids, and how far was looked.
 
-    ``wait_newer`` returns once an alert with an id above the one given may be stored
-    (`Ingest.wait_newer`).
+    The second is where to go on; it passes what the filter held back, so that is not read again.
     """
-    wanted = wanted or AlertFilter()
-    while True:
-        newest = await find_latest_alert_id(store)
-        question = alerts_sql(wanted, last_id, limit, True)
-        page = await _find_page(store, question, limit, parse_alert_row)
-        for alert in page.items:
-            last_id = alert.id
-            yield alert
-        if page.next_cursor is None:
-            # What the filter held back up to here need not be looked at again.
-            last_id = max(last_id, newest)
-            await wait_newer(last_id)
+    newest = await find_latest_alert_id(store)
+    question = alerts_sql(wanted or AlertFilter(), after, check_limit(limit), True)
+    page = await _find_page(store, question, limit, parse_alert_row)
+    last = page.items[-1].id if page.items else after
+    return page.items, last if page.next_cursor is not None else max(last, newest)
 
 
 async def find_flows(

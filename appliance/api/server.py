@@ -231,11 +231,3 @@ async def open_server(
         yield url
     finally:
         await runner.cleanup()
-
-
-async def run_server(
-    control: Control, settings: ApiSettings, token: str, stop: asyncio.Event
-) -> None:
-    """Serve until ``stop`` is set."""
-    async with open_server(control, settings, token):
-        await stop.wait()

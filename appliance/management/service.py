@@ -365,15 +365,12 @@ class Management:
     async def read_alerts_after(
         self, after: int | None, wanted: ask.AlertFilter, limit: int
     ) -> AlertBatch:
-        newest = await stored.find_latest_alert_id(self._store)
         if after is None:
-            return AlertBatch((), newest)
-        page = await stored.find_alerts(
-            self._store, _build_alert_filter(wanted), str(after), limit=limit, ascending=True
+            return AlertBatch((), await stored.find_latest_alert_id(self._store))
+        alerts, last = await stored.find_alerts_after(
+            self._store, after, _build_alert_filter(wanted), limit=limit
         )
-        last = page.items[-1].id if page.next_cursor is not None else max(after, newest)
-        last = max(last, page.items[-1].id if page.items else 0)
-        return AlertBatch(tuple(map(render.build_alert, page.items)), last)
+        return AlertBatch(tuple(map(render.build_alert, alerts)), last)
 
     async def wait_for_alerts(self, after: int) -> None:
         await self._ingest.wait_newer(after)

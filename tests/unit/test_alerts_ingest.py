@@ -15,7 +15,13 @@ import pytest
 from appliance.alerts.attribute import Context
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.model import Alert, Verdict
-from appliance.alerts.query import AlertFilter, EventFilter, find_alerts, find_events, watch_from
+from appliance.alerts.query import (
+    AlertFilter,
+    EventFilter,
+    find_alerts,
+    find_alerts_after,
+    find_events,
+)
 from appliance.alerts.store import Store, StoreError
 from steering.decide import decide
 from steering.model import Lane, PolicySet
@@ -310,11 +316,24 @@ async def test_lanes_are_read_side_by_side(store: Store, tmp_path: Path) -> None
     assert {(alert.lane, alert.source.port) for alert in alerts} == {("prevent", 1), ("detect", 2)}
 
 
+async def watch_from(
+    store: Store, after: int, ingest: Ingest, wanted: AlertFilter | None = None, limit: int = 200
+) -> AsyncIterator[Alert]:
+    """What the live stream does: read on, and wait where nothing is left."""
+    while True:
+        alerts, last = await find_alerts_after(store, after, wanted, limit=limit)
+        for alert in alerts:
+            yield alert
+        if last == after:
+            await ingest.wait_newer(after)
+        after = last
+
+
 async def test_watching_gives_each_alert_once_also_after_a_resume(store: Store, live: Path) -> None:
     append(live, *range(1, 6))
     async with running(store, live) as ingest:
         await wait_for(store, 5)
-        watch = watch_from(store, 2, ingest.wait_newer, limit=2)
+        watch = watch_from(store, 2, ingest, limit=2)
         seen = [await anext(watch) for _ in range(3)]
         asyncio.get_running_loop().call_later(0.1, append, live, 6, 7)
         async with asyncio.timeout(5):
@@ -329,7 +348,8 @@ async def test_a_watch_with_a_filter_waits_beyond_what_the_filter_held_back(
     append(live, 1, 2)
     async with running(store, live) as ingest:
         await wait_for(store, 2)
-        watch = watch_from(store, 0, ingest.wait_newer, AlertFilter(address="10.66.0.1"))
+        watch = watch_from(store, 0, ingest, AlertFilter(address="10.66.0.1"))
+        assert await find_alerts_after(store, 0, AlertFilter(address="10.66.0.1")) == ((), 2)
         found = asyncio.ensure_future(anext(watch))
         await asyncio.sleep(0.1)
         assert not found.done()
