@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from steering.decide import find_lane
 from steering.flows import (
@@ -15,6 +16,7 @@ from steering.flows import (
 )
 from steering.membership import Membership, build_membership
 from steering.model import (
+    Action,
     Deny,
     Direct,
     Family,
@@ -25,6 +27,7 @@ from steering.model import (
     Policy,
     PolicySet,
     Port,
+    Profile,
     Protocol,
 )
 from steering.pipeline import (
@@ -342,30 +345,47 @@ def _add_policy(
     number = build_policy_number(policy.name)
     cookie = build_cookie(CookieKind.POLICY, number)
     priority = build_policy_priority(policy)
-    for answer in (False, True):
-        conjunction = build_conjunction_id(number, answer=answer)
-        senders, receivers = (answerers, openers) if answer else (openers, answerers)
-        for ofport in senders:
-            clause = f"conjunction({conjunction},1/3)"
-            book.add_clause(Table.POLICY, priority, build_match(in_port=ofport), clause, cookie)
-        for ofport in receivers:
-            clause = f"conjunction({conjunction},2/3)"
-            match = build_match(reg6=render_number(ofport))
-            book.add_clause(Table.POLICY, priority, match, clause, cookie)
-        for match in _build_service_matches(policy, answer=answer):
-            clause = f"conjunction({conjunction},3/3)"
-            book.add_clause(Table.POLICY, priority, match, clause, cookie)
-        book.add(
-            Table.POLICY,
-            priority,
-            build_match(conj_id=conjunction),
-            _build_verdict(policy, lanes, answer=answer),
-            cookie,
+    strict = _find_strict_action(policy, lanes)
+    # Policy names have no slash, so this number is nobody's name.
+    parts = [(number, policy.action, False)]
+    if isinstance(policy.action, Inspect):
+        apart = strict != policy.action
+        parts.append(
+            (build_policy_number(f"{policy.name}/fragments") if apart else number, strict, True)
         )
+    for answer in (False, True):
+        senders, receivers = (answerers, openers) if answer else (openers, answerers)
+        for part, action, fragments in parts:
+            matches = tuple(_build_service_matches(policy, answer=answer, fragments=fragments))
+            if not matches:
+                continue
+            conjunction = build_conjunction_id(part, answer=answer)
+            clauses = (
+                *((build_match(in_port=ofport), 1) for ofport in senders),
+                *((build_match(reg6=render_number(ofport)), 2) for ofport in receivers),
+                *((match, 3) for match in matches),
+            )
+            for match, dimension in clauses:
+                clause = f"conjunction({conjunction},{dimension}/3)"
+                book.add_clause(Table.POLICY, priority, match, clause, cookie)
+            verdict = _build_verdict(action, lanes, answer=answer)
+            book.add(Table.POLICY, priority, build_match(conj_id=conjunction), verdict, cookie)
 
 
-def _build_verdict(policy: Policy, lanes: Sequence[Lane], *, answer: bool) -> str:
-    match policy.action:
+def _find_strict_action(policy: Policy, lanes: Sequence[Lane]) -> Action:
+    """How a policy's fragments are inspected: in the lane that prevents, where there is one.
+
+    A fragment may not tell its port or even its protocol, so the policy that takes it need not be the
+    one of its connection: cutting packets up must not lead from prevention to mere detection.
+    """
+    action = policy.action
+    if isinstance(action, Inspect) and find_lane(lanes, Profile.PREVENT) is not None:
+        return replace(action, profile=Profile.PREVENT)
+    return action
+
+
+def _build_verdict(action: Action, lanes: Sequence[Lane], *, answer: bool) -> str:
+    match action:
         case Deny():
             return "drop"
         case Direct():
@@ -390,27 +410,35 @@ def _build_direction_match(policy: Policy, *, answer: bool) -> str:
     return f"{bit:#x}/{bit:#x}" if lenient else f"{bit:#x}/0xb"
 
 
-def _build_service_matches(policy: Policy, *, answer: bool) -> Iterator[str]:
-    """Matches of the service clause. A fragment is never sent direct by its port.
+def _build_service_matches(policy: Policy, *, answer: bool, fragments: bool) -> Iterator[str]:
+    """Matches of the service clause; with ``fragments``, those that take an inspecting policy's.
 
-    Later fragments carry no ports, so a datagram's fragments must be decided alike: a policy that
-    inspects some port of a protocol takes all its fragments, one that passes a port takes none.
+    Later fragments carry no ports, and in IPv6 not even the protocol (OVS gives 44), so a datagram's
+    fragments must be decided alike: what inspects a part of IP takes all fragments that may be of it,
+    what passes a part of IP directly takes none.
     """
     direction = _build_direction_match(policy, answer=answer)
     field = "tp_src" if answer else "tp_dst"
+    direct = isinstance(policy.action, Direct)
     for family in policy.families:
         for service in policy.services:
             keyword = KEYWORDS[family][service.protocol]
-            every = any(piece.first == 0 and piece.last == 0xFFFF for piece in service.ports)
-            if not service.ports or every:
-                yield build_match(keyword, reg1=direction)
+            every = not service.ports or any(
+                piece.first == 0 and piece.last == 0xFFFF for piece in service.ports
+            )
+            told = every and (family is Family.IPV4 or service.protocol is Protocol.ANY)
+            if fragments:
+                if not told:
+                    any_of = keyword if family is Family.IPV4 else KEYWORDS[family][Protocol.ANY]
+                    yield build_match(any_of, reg1=direction, nw_frag="yes")
                 continue
-            whole = {"nw_frag": "no"} if isinstance(policy.action, Direct) else {}
+            whole = {"nw_frag": "no"} if direct and not told else {}
+            if every:
+                yield build_match(keyword, reg1=direction, **whole)
+                continue
             for piece in service.ports:
                 for ports in build_port_matches(piece.first, piece.last):
                     yield build_match(keyword, reg1=direction, **whole, **{field: ports})
-            if isinstance(policy.action, Inspect):
-                yield build_match(keyword, reg1=direction, nw_frag="yes")
 
 
 def _add_steer(book: FlowBook, lanes: Sequence[Lane]) -> None:

@@ -305,6 +305,10 @@ class Appliance:
             ask = ("curl", "-s", "-m1", "http://127.0.0.1/")
             assert wait_until(lambda vm=vm, ask=ask: self.run(vm, *ask).status == 0, 5), vm
 
+    def read_requests(self, vm: str) -> str:
+        """What a VM's nginx says it was asked for."""
+        return (self.directory / f"nginx-{vm}" / "access.log").read_text()
+
     def address(self, vm: str, family: int = 4) -> str:
         return self.lab.vm(vm).address4 if family == 4 else self.lab.vm(vm).address6
 

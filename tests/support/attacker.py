@@ -42,8 +42,9 @@ class Client:
         self.v6 = ":" in self.address
         self.port = random.randint(20_000, 60_000)
         self.path = f"/{mode}-{self.port}"
+        pad = "y" * (2500 if mode.endswith("-1400") else 60)
         self.request = (
-            f"GET {self.path} HTTP/1.0\r\nHost: a\r\n{told['header']}\r\nX: {'y' * (2500 if mode.endswith('-1400') else 60)}\r\n\r\n"
+            f"GET {self.path} HTTP/1.0\r\nHost: a\r\n{told['header']}\r\nX: {pad}\r\n\r\n"
         ).encode()
         self.sequence = random.randint(1, 2**31)
         self.socket = conf.L2socket(iface="eth0")

@@ -158,7 +158,8 @@ class Simulator:
             name, _, value = part.partition("=")
             if name in PROTOCOLS:
                 ip, protocol = PROTOCOLS[name]
-                ok = frame.ip == ip and protocol in (None, frame.protocol)
+                seen = 44 if frame.ip == 6 and frame.fragment == "later" else frame.protocol
+                ok = frame.ip == ip and protocol in (None, seen)
             elif name.startswith("reg"):
                 want, mask = self._masked(value, 0xFFFF_FFFF)
                 ok = registers.get(name, 0) & mask == want & mask

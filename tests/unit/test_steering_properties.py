@@ -13,7 +13,7 @@ from steering.decide import Connection, decide, resolve_machines
 from steering.diff import build_bundle, build_present
 from steering.explain import explain
 from steering.flows import Present, Program
-from steering.model import Deny, Family, Inspect, OnFailure, PolicySet, Protocol
+from steering.model import Deny, Family, Inspect, OnFailure, PolicySet, Profile, Protocol
 from steering.pipeline import build_group_id, build_steer_key
 from tests.support.simulator import Conntrack, Frame, Simulator
 from tests.support.worlds import LANES, build_port, policy_sets
@@ -151,21 +151,27 @@ def test_midstream_doubt_means_inspection(
 @given(
     policy_sets(),
     pairs,
+    st.sampled_from([Protocol.TCP, Protocol.UDP]),
     st.sampled_from(Family),
-    st.sampled_from(["first", "later"]),
     st.integers(0, 1500),
 )
-def test_no_fragment_goes_direct_past_an_inspecting_policy(
-    policies: PolicySet, pair: list[int], family: Family, fragment: str, port: int
+def test_all_fragments_of_what_is_inspected_take_one_lane_no_laxer_than_its_own(
+    policies: PolicySet, pair: list[int], protocol: Protocol, family: Family, port: int
 ) -> None:
-    """The policy that inspects the whole datagram, or one that inspects more, or a deny, takes it."""
-    if not isinstance(decide_first(policies, pair, Protocol.UDP, family, port), Inspect):
+    """Or a deny takes some; none goes direct, and prevention does not become detection."""
+    action = decide_first(policies, pair, protocol, family, port)
+    if not isinstance(action, Inspect):
         return
-    first = build_first(pair, Protocol.UDP, family, port)
-    frame = Frame(
-        **{**{n: getattr(first, n) for n in first.__dataclass_fields__}, "fragment": fragment}
-    )
-    assert not Simulator(compile_for(policies)).send(frame).normal
+    simulator = Simulator(compile_for(policies))
+    first = build_first(pair, protocol, family, port)
+    simulator.send(first)
+    pieces = [replace(first, syn=False, ack=True, fragment=which) for which in ("first", "later")]
+    journeys = [simulator.send(piece) for piece in pieces]
+    assert not any(journey.normal for journey in journeys)
+    lanes = {vlan for journey in journeys for _, vlan in journey.outputs}
+    assert len(lanes) <= 1
+    if action.profile is Profile.PREVENT:
+        assert lanes <= {LANES[0].vlan}
 
 
 @many
