@@ -106,6 +106,15 @@ def find_place(
     )
 
 
+def find_media_type(text: str) -> str:
+    """What documents are sent as. A brace alone does not tell: YAML has flow mappings too."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return YAML
+    return JSON
+
+
 def read_place(path: Path) -> Place | None:
     """A client file, `{"url": ..., "tokenFile": ...}`; None where there is none."""
     try:
@@ -172,8 +181,7 @@ class Client:
 
     def put_policies(self, text: str, etag: str, *, dry_run: bool) -> PlanReport:
         """``text`` is YAML or JSON; ``etag`` `*` stands for whatever is in force."""
-        kind = JSON if text.lstrip()[:1] == "{" else YAML
-        return self._put("/policies", text, kind, etag, dry_run=dry_run)
+        return self._put("/policies", text, find_media_type(text), etag, dry_run=dry_run)
 
     def read_coverage(self, query: Values) -> Coverage:
         return self._get("/coverage", Coverage, query)

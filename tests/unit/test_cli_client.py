@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from appliance.client import ServiceNotFound, build_refusal, check_url, find_place, read_place
+from appliance.client import (
+    ServiceNotFound,
+    build_refusal,
+    check_url,
+    find_media_type,
+    find_place,
+    read_place,
+)
 from appliance.logs import configure_logs
 from steering.errors import HairpinError, WrongInput
 
@@ -65,3 +72,15 @@ def test_an_unknown_log_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HAIRPIN_LOG", "loud")
     with pytest.raises(WrongInput, match="HAIRPIN_LOG"):
         configure_logs()
+
+
+@pytest.mark.parametrize(
+    ("text", "media_type"),
+    [
+        ('{"apiVersion": "hairpin/v1", "kind": "List", "items": []}', "application/json"),
+        ("{apiVersion: hairpin/v1, kind: List, items: []}", "application/yaml"),
+        ("apiVersion: hairpin/v1\nkind: List\nitems: []\n", "application/yaml"),
+    ],
+)
+def test_documents_in_braces_are_not_yet_json(text: str, media_type: str) -> None:
+    assert find_media_type(text) == media_type
