@@ -170,7 +170,10 @@ def test_a_lane_fails_alone_and_as_its_policies_say(
         call = calls[other, on_failure]
         numbers = [number for number, sent in call.answered if sent > struck - 0.5]
         lost = numbers[-1] - numbers[0] + 1 - len(numbers)
-        assert lost <= len(numbers) * 0.02, f"{lost} of the other lane's were lost"
+        assert lost <= len(numbers) * 0.02, (
+            f"{lost} of the other lane's were lost",
+            appliance.find_events("lane.down", started),
+        )
     before = appliance.find_latest_alert()
     status = appliance.attack("web-1", PAIRS[profile, "closed"]).status
     assert status == (BLOCKED if profile == "prevent" else 0)
