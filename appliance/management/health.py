@@ -148,7 +148,8 @@ def _judge_switch(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compon
         )
     for problem in switch.problems:
         _problem(problems, problem, "", facts.now)
-    detail = f"Open vSwitch {switch.ovs_version}, {switch.datapath_type or 'system'} datapath"
+    detail = f"Open vSwitch {switch.ovs_version}".strip()
+    detail += f", {switch.datapath_type or 'system'} datapath"
     return doc.ComponentHealth(status="degraded" if switch.problems else "ok", detail=detail)
 
 

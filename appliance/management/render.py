@@ -335,7 +335,8 @@ def build_lane_rules(lane: Lane, state: ProfileState, loaded: int, failed: int) 
         profile=lane.profile,
         revision=state.revision or "",
         loaded=loaded,
-        failed=failed,
+        # What the trial left out never reached the engine, and is not inspected by either.
+        failed=failed + (report.left_out_count if report else 0),
         failures=tuple(
             doc.RuleFailure(sid=one.sid, rule=one.msg[:200], reason=one.reason[:400])
             for one in (report.left_out if report else ())[:200]
