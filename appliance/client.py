@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ _LARGEST_EVENT = 4 * 2**20
 
 Values = Mapping[str, str | int | None]
 Model = TypeVar("Model", bound=ApiDocument)
+
+
+INTERRUPT = frozenset({signal.SIGINT})
 
 
 class ServiceNotFound(Unavailable):
@@ -225,9 +229,22 @@ class Client:
             alerts = self._follow(query, after, on_lost)
 
             async def find_next() -> Alert | None:
-                return await anext(alerts, None)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPT)
+                try:
+                    return await anext(alerts, None)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPT)
 
-            while (alert := runner.run(find_next())) is not None:
+            while True:
+                # Ctrl-C waits until the loop or plain code can take it: between the two it would
+                # leave a task behind that nobody ever runs.
+                signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPT)
+                try:
+                    alert = runner.run(find_next())
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPT)
+                if alert is None:
+                    return
                 yield alert
 
     # The asynchronous half.

@@ -42,6 +42,7 @@ from appliance.logs import configure_logs
 from steering.errors import HairpinError
 
 LAB = "demo"
+CLAIM = "\0hairpin-demo"  # an abstract socket: who has bound it has the stage
 INTERRUPTED = 130
 
 Step = Callable[[Stage], Iterator[Check]]
@@ -85,7 +86,7 @@ def hold_stage() -> Iterator[None]:
     """
     with socket.socket(socket.AF_UNIX) as claim:
         try:
-            claim.bind("\0hairpin-demo")
+            claim.bind(CLAIM)
         except OSError as fault:
             raise HairpinError("another `make demo` is running", "wait until it ended") from fault
         yield

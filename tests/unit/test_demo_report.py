@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,8 @@ def run_main_with(
 ) -> tuple[int, list[str]]:
     """The program around the scenario; the lab is a fake, so that a step can fail at will."""
     taken: list[str] = []
+    # A demonstration may run on this machine meanwhile.
+    monkeypatch.setattr(demo, "CLAIM", f"\0hairpin-demo-test-{os.getpid()}")
     monkeypatch.setattr(demo, "take_down", lambda name, progress: taken.append(name))
     monkeypatch.setattr(demo, "bring_up", lambda name, progress: build_stage().state)
     monkeypatch.setattr(demo, "play", play)
@@ -136,6 +139,8 @@ def test_a_second_demonstration_does_not_take_down_the_first_ones_lab(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
+    # A demonstration may run on this machine meanwhile.
+    monkeypatch.setattr(demo, "CLAIM", f"\0hairpin-demo-test-{os.getpid()}")
     monkeypatch.setattr(demo, "take_down", lambda name, progress: taken.append(name))
     monkeypatch.setattr(demo, "configure_logs", lambda level: None)
     with demo.hold_stage():
