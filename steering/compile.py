@@ -419,7 +419,7 @@ def _build_service_matches(policy: Policy, *, answer: bool, fragments: bool) -> 
     """
     direction = _build_direction_match(policy, answer=answer)
     field = "tp_src" if answer else "tp_dst"
-    direct = isinstance(policy.action, Direct)
+    apart = not isinstance(policy.action, Deny)  # fragments have a clause of their own, or none
     for family in policy.families:
         for service in policy.services:
             keyword = KEYWORDS[family][service.protocol]
@@ -432,7 +432,7 @@ def _build_service_matches(policy: Policy, *, answer: bool, fragments: bool) -> 
                     any_of = keyword if family is Family.IPV4 else KEYWORDS[family][Protocol.ANY]
                     yield build_match(any_of, reg1=direction, nw_frag="yes")
                 continue
-            whole = {"nw_frag": "no"} if direct and not told else {}
+            whole = {"nw_frag": "no"} if apart and not told else {}
             if every:
                 yield build_match(keyword, reg1=direction, **whole)
                 continue
