@@ -18,19 +18,21 @@ from steering.pipeline import (
     build_group_id,
     build_steer_key,
 )
+from steering.reach import find_reached
 
 _RESUBMIT = re.compile(r"resubmit\(,(\d+)\)")
 _OUTPUT = re.compile(r"output:(\d+)")
 _RANK = {table.number: rank for rank, table in enumerate(Table)}
 
 
-def check_program(program: Program, lanes: Sequence[Lane]) -> tuple[str, ...]:
-    """Every violated invariant as a sentence; empty when all hold."""
+def check_program(program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
+    """Every violated invariant as a sentence; empty when all hold. ``canary``: its ofport, 0 without."""
     return (
         *_check_order(program),
         *_check_return(program, lanes),
         *_check_lanes(program, lanes),
         *_check_ownership(program),
+        *(_check_canary(program, lanes, canary) if canary > 0 else ()),
     )
 
 
@@ -101,9 +103,25 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
                     and f"set_field:{0x1000 | lane.vlan}->vlan_vid" in into[0]
                 ):
                     yield f"group {group} does not lead into lane {lane.name} by leg {leg.interface}"
-                passes = len(group.buckets) - len(into)
-                if passes != (1 if on_failure is OnFailure.OPEN else 0):
+                otherwise = [b.partition("actions=")[2] for b in group.buckets if b not in into]
+                wanted = "resubmit(,70)" if on_failure is OnFailure.OPEN else "drop"
+                if otherwise != [wanted] or group.buckets[: len(into)] != tuple(into):
                     yield f"group {group} does not fail {on_failure}"
+
+
+def _check_canary(program: Program, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
+    """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
+    reached = find_reached(program, {"in_port": str(canary)})
+    for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
+        if table in reached.tables:
+            yield f"the canary's port {canary} reaches {table.name}"
+    closed = {
+        build_group_id(build_steer_key(lane, OnFailure.CLOSED, answer=answer))
+        for lane in lanes
+        for answer in (False, True)
+    }
+    if reached.groups != closed:
+        yield f"the canary's port {canary} reaches groups {sorted(reached.groups)}, not {sorted(closed)}"
 
 
 def _check_ownership(program: Program) -> Iterator[str]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from steering.decide import find_lane
+from steering.compile_addresses import add_holder, add_own_claims
+from steering.compile_canary import add_canary, find_canary_macs
+from steering.compile_guard import add_ghost, add_guard, add_learn, add_many
+from steering.decide import find_lane, resolve_machines
 from steering.flows import (
+    IP_KEYWORDS,
+    KEYWORDS,
+    TCP_KEYWORDS,
     FlowBook,
     Group,
     Program,
     build_match,
     build_port_matches,
+    go_to,
     render_number,
+    set_register,
 )
 from steering.membership import Membership, build_membership
 from steering.model import (
@@ -23,16 +31,16 @@ from steering.model import (
     Inspect,
     Lane,
     Machine,
+    Observed,
     OnFailure,
     Policy,
     PolicySet,
     Port,
     Profile,
     Protocol,
+    Service,
 )
 from steering.pipeline import (
-    ADDRESS_IDLE_SECONDS,
-    ADDRESS_LIMIT,
     CT_ZONE,
     DELIVER_GROUP,
     CookieKind,
@@ -51,45 +59,13 @@ BASE = build_cookie(CookieKind.BASE)
 NETWORK, DIRECTION = Register.NETWORK.value, Register.DIRECTION.value
 STEER, DESTINATION = Register.STEER.value, Register.DESTINATION.value
 
-# (family keyword, its TCP, UDP, SCTP and ICMP keywords), as OVS writes them.
-KEYWORDS = {
-    Family.IPV4: {
-        Protocol.ANY: "ip",
-        Protocol.TCP: "tcp",
-        Protocol.UDP: "udp",
-        Protocol.SCTP: "sctp",
-        Protocol.ICMP: "icmp",
-    },
-    Family.IPV6: {
-        Protocol.ANY: "ipv6",
-        Protocol.TCP: "tcp6",
-        Protocol.UDP: "udp6",
-        Protocol.SCTP: "sctp6",
-        Protocol.ICMP: "icmp6",
-    },
-}
-IP_KEYWORDS = tuple(KEYWORDS[family][Protocol.ANY] for family in Family)
-TCP_KEYWORDS = tuple(KEYWORDS[family][Protocol.TCP] for family in Family)
 
-
-def go_to(*tables: Table) -> str:
-    return ",".join(f"resubmit(,{table.number})" for table in tables)
-
-
-def set_register(register: str, value: int) -> str:
-    return f"set_field:{render_number(value)}->{register}"
-
-
-def find_ports_in_scope(
-    policies: PolicySet, machines: Sequence[Machine], membership: Membership
-) -> frozenset[int]:
-    """The ofports of every VM that some policy names; only their packets meet more than GUARD."""
+def find_vms_in_scope(policies: PolicySet, membership: Membership) -> frozenset[str]:
+    """The vm-ids that some policy names; only their packets meet more than GUARD."""
     members: set[str] = set()
     for policy in policies.policies:
         members |= membership.find_members((*policy.sources, *policy.destinations))
-    return frozenset(
-        port.ofport for machine in machines if machine.vm_id in members for port in machine.ports
-    )
+    return frozenset(members)
 
 
 def find_duplicate_macs(ports: Sequence[Port]) -> frozenset[str]:
@@ -100,41 +76,76 @@ def find_duplicate_macs(ports: Sequence[Port]) -> frozenset[str]:
     return frozenset(twice)
 
 
-def find_usable_ports(machines: Sequence[Machine]) -> tuple[Port, ...]:
-    """Ports that can be steered: in the switch, with a MAC that no other port has; by ofport."""
-    ports = [port for machine in machines for port in machine.ports if port.ofport > 0]
-    twice = find_duplicate_macs(ports)
-    return tuple(sorted((p for p in ports if p.mac not in twice), key=lambda port: port.ofport))
+def find_usable_ports(
+    ports: Iterable[Port], reserved: frozenset[str] = frozenset()
+) -> tuple[Port, ...]:
+    """Ports that can be steered: in the switch, with a MAC that no other port has; by ofport.
+
+    ``reserved`` are MACs that are no VM's.
+    """
+    there = [port for port in ports if port.ofport > 0 and port.vm_id]
+    twice = find_duplicate_macs(there) | reserved
+    return tuple(sorted((p for p in there if p.mac not in twice), key=lambda port: port.ofport))
+
+
+def find_steerable_ports(observed: Observed) -> tuple[Port, ...]:
+    """`find_usable_ports` of what was seen."""
+    reserved = find_canary_macs(observed.lanes) if observed.canary > 0 else frozenset()
+    return find_usable_ports(observed.ports, reserved)
 
 
 def compile_program(
-    policies: PolicySet, machines: Sequence[Machine], lanes: Sequence[Lane]
+    policies: PolicySet,
+    machines: Sequence[Machine],
+    lanes: Sequence[Lane],
+    canary: int = 0,
+    ghosts: Sequence[Port] = (),
 ) -> Program:
     """Everything that Hairpin wants in the switch for these policies, VMs and lanes.
 
     A lane whose legs the switch lacks gets no flows of its own; what must go through it then meets
-    a group without buckets that can take it: dropped when closed, delivered when open.
+    a group without a way into a lane: dropped when closed, delivered when open. ``canary`` is
+    the ofport of Hairpin's own port, 0 without one. ``ghosts`` as in `Observed`: of those that a policy
+    names nothing passes, nor of those of present ports that can't be told apart by their MACs.
     """
     book = FlowBook()
-    ports = find_usable_ports(machines)
+    reserved = find_canary_macs(lanes) if canary > 0 else frozenset()
+    every = tuple(port for machine in machines for port in machine.ports)
+    ports = find_usable_ports(every, reserved)
     membership = build_membership(policies.zones, machines)
-    in_scope = find_ports_in_scope(policies, machines, membership)
+    in_scope = find_vms_in_scope(policies, membership)
     owners = {port.ofport: machine.vm_id for machine in machines for port in machine.ports}
-    scoped = tuple(port for port in ports if port.ofport in in_scope)
+    scoped = tuple(port for port in ports if owners[port.ofport] in in_scope)
+    declared = {one.vm_id: one.addresses for one in policies.machines if one.addresses}
     _add_base(book)
     _add_legs(book, lanes)
     for port in ports:
         _add_classify(book, port)
-        _add_learn(book, port)
-        _add_guard(book, port, strict=port.ofport in in_scope)
+        add_learn(book, port)
+        strict, own = owners[port.ofport] in in_scope, declared.get(owners[port.ofport], ())
+        add_guard(book, port, own, strict=strict)
+        for address in own:
+            add_own_claims(book, port, address, strict=strict)
         # For every port: frames that are in a lane when their VM leaves all policies still arrive.
         cookie = build_cookie(CookieKind.PORT, port.ofport)
         book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
     for port in scoped:
         _add_destination(book, port)
-    if scoped:
+    if scoped or canary > 0:
         _add_connection(book, scoped)
-        _add_strays(book)
+    if scoped:
+        add_many(book)
+    if canary > 0:
+        add_canary(book, canary, lanes)
+    steerable = reserved | {port.mac for port in ports}
+    lost = [port for port in (*ghosts, *every) if port.mac not in steerable]
+    shut = _find_macs_in_scope(policies, lost) if lost else frozenset()
+    for mac in sorted(shut):
+        add_ghost(book, mac)
+    away = [replace(port, ofport=0) for port in ghosts if port.mac in shut]
+    holders = [port for port in (*away, *ports) if port.vm_id in declared]
+    for address, holder in {a: port for port in holders for a in declared[port.vm_id]}.items():
+        add_holder(book, address, holder)
     for policy in policies.policies:
         openers = _find_ofports(scoped, owners, membership.find_members(policy.sources))
         answerers = _find_ofports(scoped, owners, membership.find_members(policy.destinations))
@@ -143,6 +154,13 @@ def compile_program(
     groups = tuple(_build_groups(lanes)) if lanes else ()
     _add_steer(book, lanes)
     return Program(tuple(book.flows()), groups)
+
+
+def _find_macs_in_scope(policies: PolicySet, ports: Sequence[Port]) -> frozenset[str]:
+    """The MACs of ports that the policies name, and of those of which nothing but the MAC is known."""
+    machines = resolve_machines(policies, ports)
+    named = find_vms_in_scope(policies, build_membership(policies.zones, machines))
+    return frozenset(port.mac for port in ports if not port.vm_id or port.vm_id in named)
 
 
 def _add_base(book: FlowBook) -> None:
@@ -185,104 +203,14 @@ def _add_classify(book: FlowBook, port: Port) -> None:
     )
 
 
-def _add_guard(book: FlowBook, port: Port, *, strict: bool) -> None:
-    """A port in scope sends from its own MAC only; a port out of scope is left as it was.
-
-    What ARP and ND say is noted for both, and nobody may use the MAC of a port in scope.
-    """
-    cookie = build_cookie(CookieKind.PORT, port.ofport)
-    spoof = build_cookie(CookieKind.SPOOF, port.ofport)
-    here, mac = port.ofport, port.mac
-    note = go_to(Table.LEARN, Table.DIRECT)
-    table = Table.GUARD
-    if not strict:
-        book.add(table, 60, build_match("arp", in_port=here), note, cookie)
-        for kind in (135, 136):
-            book.add(table, 60, build_match("icmp6", in_port=here, icmp_type=kind), note, cookie)
-        return
-    tagged = build_cookie(CookieKind.TAGGED, here)
-    book.add(table, 200, build_match(in_port=here, vlan_tci="0x1000/0x1000"), "drop", tagged)
-    none = "00:00:00:00:00:00"
-    for protocol, fields in (
-        ("arp", {"arp_sha": mac}),
-        ("icmp6", {"icmp_type": 135, "nd_sll": mac}),
-        ("icmp6", {"icmp_type": 135, "nd_sll": none}),  # the option is absent
-        ("icmp6", {"icmp_type": 136, "nd_tll": mac}),
-        ("icmp6", {"icmp_type": 136, "nd_tll": none}),
-    ):
-        match = build_match(protocol, in_port=here, dl_src=mac, **fields)
-        book.add(table, 150, match, note, cookie)
-    book.add(table, 140, build_match("arp", in_port=here), "drop", spoof)
-    for kind in (135, 136):
-        book.add(table, 140, build_match("icmp6", in_port=here, icmp_type=kind), "drop", spoof)
-    own = build_match(in_port=here, dl_src=mac)
-    book.add(table, 100, own, go_to(Table.LEARN, Table.ENDPOINT), cookie)
-    book.add(table, 90, build_match(in_port=here), "drop", spoof)
-    book.add(table, 80, build_match(dl_src=mac), "drop", spoof)
-
-
-def _add_learn(book: FlowBook, port: Port) -> None:
-    cookie = build_cookie(CookieKind.PORT, port.ofport)
-    here = port.ofport
-    learned = build_cookie(CookieKind.ADDRESS, here)
-
-    def learn(family: str, source: str, target: str, into: Table = Table.ADDRESSES) -> str:
-        # OVS writes a field that is matched against itself once.
-        matched = target if source == target else f"{target}={source}"
-        return (
-            f"learn(table={into.number},idle_timeout={ADDRESS_IDLE_SECONDS},"
-            f"cookie={learned:#x},limit={ADDRESS_LIMIT},{family},{matched},"
-            f"load:NXM_OF_IN_PORT[]->NXM_NX_REG0[0..15])"
-        )
-
-    v4 = learn("eth_type=0x800", "NXM_OF_ARP_SPA[]", "NXM_OF_IP_SRC[]")
-    target = learn("eth_type=0x86dd", "NXM_NX_ND_TARGET[]", "NXM_NX_IPV6_SRC[]")
-    source = learn("eth_type=0x86dd", "NXM_NX_IPV6_SRC[]", "NXM_NX_IPV6_SRC[]")
-    # An ARP probe (RFC 5227) and a duplicate address detection (RFC 4862) ask, they do not claim.
-    table = Table.LEARN
-    book.add(table, 110, build_match("arp", in_port=here, arp_spa="0.0.0.0"), "drop", cookie)  # noqa: S104
-    book.add(table, 100, build_match("arp", in_port=here), v4, cookie)
-    solicit = {"in_port": here, "icmp_type": 135}
-    book.add(table, 110, build_match("icmp6", ipv6_src="::", **solicit), "drop", cookie)
-    book.add(table, 100, build_match("icmp6", **solicit), source, cookie)
-    book.add(table, 100, build_match("icmp6", in_port=here, icmp_type=136), target, cookie)
-    # What a VM in scope sends from counts where nobody claimed it: a warm neighbour cache asks nothing.
-    for keyword, field, unset in (("ip", "nw_src", "0.0.0.0"), ("ipv6", "ipv6_src", "::")):  # noqa: S104
-        name = "NXM_OF_IP_SRC[]" if keyword == "ip" else "NXM_NX_IPV6_SRC[]"
-        family = "eth_type=0x800" if keyword == "ip" else "eth_type=0x86dd"
-        uses = learn(family, name, name, Table.USES)
-        book.add(table, 60, build_match(keyword, in_port=here, **{field: unset}), "drop", cookie)
-        book.add(table, 50, build_match(keyword, in_port=here), uses, cookie)
-
-
 def _add_destination(book: FlowBook, port: Port) -> None:
     cookie = build_cookie(CookieKind.PORT, port.ofport)
+    to_port = f"{set_register(DESTINATION, port.ofport)},{go_to(Table.CONNECTION)}"
+    known = {"reg0": render_number(port.tag or 0), "dl_dst": port.mac}
     for keyword in IP_KEYWORDS:
-        book.add(
-            Table.ENDPOINT,
-            100,
-            build_match(keyword, reg0=render_number(port.tag or 0), dl_dst=port.mac),
-            f"{set_register(DESTINATION, port.ofport)},{go_to(Table.CONNECTION)}",
-            cookie,
-        )
-
-
-def _add_strays(book: FlowBook) -> None:
-    """Unicast IP in a frame for many would be flooded past every policy, and UDP takes it.
-
-    Passed: multicast, the limited broadcast, and what looks like a subnet's (host part all ones in
-    /26 or wider).
-    """
-    many = "01:00:00:00:00:00/01:00:00:00:00:00"
-    direct, stray = go_to(Table.DIRECT), build_cookie(CookieKind.STRAY)
-    for passed in ("224.0.0.0/4", "255.255.255.255", "0.0.0.63/0.0.0.63"):
-        match = build_match("ip", dl_dst=many, nw_dst=passed)
-        book.add(Table.ENDPOINT, 90, match, direct, BASE)
-    book.add(
-        Table.ENDPOINT, 90, build_match("ipv6", dl_dst=many, ipv6_dst="ff00::/8"), direct, BASE
-    )
-    for keyword in IP_KEYWORDS:
-        book.add(Table.ENDPOINT, 80, build_match(keyword, dl_dst=many), "drop", stray)
+        book.add(Table.ENDPOINT, 100, build_match(keyword, **known), to_port, cookie)
+    # What is not IP goes to CONNECTION too, to be dropped and counted there by its sender.
+    book.add(Table.ENDPOINT, 70, build_match(**known), to_port, cookie)
 
 
 def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
@@ -305,6 +233,9 @@ def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
         answer = build_match(ct_state="+est-rel+rpl-inv+trk", ct_mark=number, reg6=number)
         book.add(table, 90, opener, policy(Direction.OPENER), cookie)
         book.add(table, 90, answer, policy(Direction.ANSWER), cookie)
+        # Only what is not IP is untracked still: it could carry IP (MPLS, PPPoE) past every policy.
+        unread = build_match(ct_state="-trk", in_port=port.ofport)
+        book.add(table, 60, unread, "drop", build_cookie(CookieKind.UNREAD, port.ofport))
     for ip, tcp in zip(IP_KEYWORDS, TCP_KEYWORDS, strict=True):
         ask = f"ct(table={table.number},zone={CT_ZONE})"
         book.add(table, 100, build_match(ip, ct_state="-trk"), ask, BASE)
@@ -414,31 +345,49 @@ def _build_service_matches(policy: Policy, *, answer: bool, fragments: bool) -> 
     """Matches of the service clause; with ``fragments``, those that take an inspecting policy's.
 
     Later fragments carry no ports, and in IPv6 not even the protocol (OVS gives 44), so a datagram's
-    fragments must be decided alike: what inspects a part of IP takes all fragments that may be of it,
-    what passes a part of IP directly takes none.
+    fragments must be decided alike: what inspects or denies a part of IP takes all fragments that may be
+    of it, what passes a part of IP directly takes none.
     """
     direction = _build_direction_match(policy, answer=answer)
     field = "tp_src" if answer else "tp_dst"
-    apart = not isinstance(policy.action, Deny)  # fragments have a clause of their own, or none
+    denies, inspects = isinstance(policy.action, Deny), isinstance(policy.action, Inspect)
     for family in policy.families:
+        # Fragments that two services of one inspecting policy may claim go where the stricter one's do.
+        alike = inspects and not all(_is_told(service, family) for service in policy.services)
         for service in policy.services:
             keyword = KEYWORDS[family][service.protocol]
-            every = not service.ports or any(
-                piece.first == 0 and piece.last == 0xFFFF for piece in service.ports
-            )
-            told = every and (family is Family.IPV4 or service.protocol is Protocol.ANY)
+            told = _is_told(service, family) and not alike
             if fragments:
                 if not told:
                     any_of = keyword if family is Family.IPV4 else KEYWORDS[family][Protocol.ANY]
                     yield build_match(any_of, reg1=direction, nw_frag="yes")
                 continue
-            whole = {"nw_frag": "no"} if apart and not told else {}
-            if every:
+            if denies and not told:
+                # A first fragment of IPv6 tells its protocol, so only later ones are anybody's.
+                if family is Family.IPV6:
+                    later = KEYWORDS[family][Protocol.ANY]
+                    yield build_match(later, reg1=direction, nw_frag="later")
+                if not _is_every(service):
+                    yield build_match(keyword, reg1=direction, nw_frag="yes")
+            whole = {} if told or (denies and _is_every(service)) else {"nw_frag": "no"}
+            if _is_every(service):
                 yield build_match(keyword, reg1=direction, **whole)
                 continue
             for piece in service.ports:
                 for ports in build_port_matches(piece.first, piece.last):
                     yield build_match(keyword, reg1=direction, **whole, **{field: ports})
+
+
+def _is_every(service: Service) -> bool:
+    """Has it no ports, or all of them?"""
+    return not service.ports or any(
+        piece.first == 0 and piece.last == 0xFFFF for piece in service.ports
+    )
+
+
+def _is_told(service: Service, family: Family) -> bool:
+    """Can any fragment be told to be of the service, or not to be?"""
+    return _is_every(service) and (family is Family.IPV4 or service.protocol is Protocol.ANY)
 
 
 def _add_steer(book: FlowBook, lanes: Sequence[Lane]) -> None:
@@ -455,7 +404,8 @@ def _add_steer(book: FlowBook, lanes: Sequence[Lane]) -> None:
 def _build_groups(lanes: Sequence[Lane]) -> Iterator[Group]:
     """Fast failover in the switch itself: first bucket while BFD through the engine is up, then, if
 
-    open, delivery without inspection. It needs no controller (ovs-vswitchd.conf.db(5), BFD).
+    open, delivery without inspection, if closed, nothing. It needs no controller
+    (ovs-vswitchd.conf.db(5), BFD).
     """
     yield Group(DELIVER_GROUP, "all", (f"actions={go_to(Table.DELIVER)}",))
     for lane in lanes:
@@ -468,7 +418,8 @@ def _build_groups(lanes: Sequence[Lane]) -> Iterator[Group]:
                         f"watch_port:{leg.ofport},actions=push_vlan:0x8100,"
                         f"set_field:{0x1000 | lane.vlan}->vlan_vid,output:{leg.ofport}"
                     )
-                if on_failure is OnFailure.OPEN:
-                    buckets.append(f"watch_group:{DELIVER_GROUP},actions={go_to(Table.DELIVER)}")
+                # Closed drops without a bucket, too, but only a bucket counts what is dropped.
+                otherwise = go_to(Table.DELIVER) if on_failure is OnFailure.OPEN else "drop"
+                buckets.append(f"watch_group:{DELIVER_GROUP},actions={otherwise}")
                 key = build_steer_key(lane, on_failure, answer=answer)
                 yield Group(build_group_id(key), "ff", tuple(buckets))

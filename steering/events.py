@@ -16,6 +16,19 @@ class AddressSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class AddressContested:
+    """A VM claimed, by ARP or ND, an address that another claimed before and is still there to hold.
+
+    ``holder`` and ``claimant`` are vm-ids; told once in ten minutes for each two and address.
+    """
+
+    at: float
+    address: str
+    holder: str
+    claimant: str
+
+
+@dataclass(frozen=True, slots=True)
 class DriftMended:
     """The switch did not have what it was given, and has it again. ``seconds`` the mending took."""
 
@@ -54,4 +67,6 @@ class SwitchChanged:
     reason: str = ""
 
 
-SteeringEvent = AddressSeen | DriftMended | PortsChanged | LaneChanged | SwitchChanged
+SteeringEvent = (
+    AddressSeen | AddressContested | DriftMended | PortsChanged | LaneChanged | SwitchChanged
+)

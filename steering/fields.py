@@ -9,6 +9,7 @@ MAX_MACHINES = 16_000
 MAX_ZONES = 1_000
 MAX_POLICIES = 2_000
 MAX_TAGS = 32
+MAX_ADDRESSES = 16
 MAX_PEERS = 64
 MAX_SERVICES = 32
 MAX_PORTS = 64
@@ -19,6 +20,8 @@ NAME_RULE = "a name: 1 to 63 of a-z, 0-9 and -, not beginning or ending with -"
 VM_ID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,62}[A-Za-z0-9])?")
 VM_ID_RULE = "a vm-id: 1 to 64 of letters, digits and . _ : -"
 UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}")
+ADDRESS_RULE = "an IPv4 or IPv6 address without a prefix"
 TAG = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
 TAG_RULE = "a tag: 1 to 63 of letters, digits and . _ / -"
 # Reasons end up in logs, in alerts and on terminals: one printable line.

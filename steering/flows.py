@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from steering.model import Family, Protocol
 from steering.pipeline import Table
 
 # The order in which OVS prints match fields (lib/match.c of OVS 3.1 to 3.5 behaves the same).
@@ -43,10 +44,39 @@ FIELD_ORDER = (
 )
 _RANK = {name: rank for rank, name in enumerate(FIELD_ORDER)}
 
+# (family keyword, its TCP, UDP, SCTP and ICMP keywords), as OVS writes them.
+KEYWORDS = {
+    Family.IPV4: {
+        Protocol.ANY: "ip",
+        Protocol.TCP: "tcp",
+        Protocol.UDP: "udp",
+        Protocol.SCTP: "sctp",
+        Protocol.ICMP: "icmp",
+    },
+    Family.IPV6: {
+        Protocol.ANY: "ipv6",
+        Protocol.TCP: "tcp6",
+        Protocol.UDP: "udp6",
+        Protocol.SCTP: "sctp6",
+        Protocol.ICMP: "icmp6",
+    },
+}
+IP_KEYWORDS = tuple(KEYWORDS[family][Protocol.ANY] for family in Family)
+TCP_KEYWORDS = tuple(KEYWORDS[family][Protocol.TCP] for family in Family)
+
 
 def render_number(value: int) -> str:
     """A register's value as OVS prints it: hexadecimal, but a bare 0."""
     return f"{value:#x}" if value else "0"
+
+
+def go_to(*tables: Table) -> str:
+    """On to these tables, one after the other."""
+    return ",".join(f"resubmit(,{table.number})" for table in tables)
+
+
+def set_register(register: str, value: int) -> str:
+    return f"set_field:{render_number(value)}->{register}"
 
 
 def build_match(protocol: str = "", **fields: str | int) -> str:

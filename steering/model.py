@@ -114,11 +114,15 @@ class Zone:
 
 @dataclass(frozen=True, slots=True)
 class MachineRecord:
-    """What the documents say of a VM: its name and tags, keyed by vm-id."""
+    """What the documents say of a VM: its name and tags, keyed by vm-id.
+
+    ``addresses`` are those that it may use, as `ipaddress` writes them; none given: any.
+    """
 
     vm_id: str
     name: str
     tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +225,13 @@ class Observed:
     """What was seen of the switch at one moment; the input of every decision about it.
 
     ``lanes`` have their legs' ofports filled in; ``problems`` are things that no policy can mend
-    (two ports with one MAC, a missing leg), each a sentence.
+    (two ports with one MAC, a missing leg), each a sentence. ``canary`` is the ofport of Hairpin's own
+    port, 0 where there is none. ``ghosts`` are ports that were steered and are gone, or can't be told from
+    another now; without a ``vm_id`` where only the MAC is remembered.
     """
 
     ports: tuple[Port, ...] = ()
     lanes: tuple[Lane, ...] = ()
     problems: tuple[str, ...] = ()
+    canary: int = 0
+    ghosts: tuple[Port, ...] = ()

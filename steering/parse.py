@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 
 from steering.conflicts import find_contradictions
 from steering.documents import (
@@ -14,7 +15,10 @@ from steering.documents import (
 )
 from steering.errors import FieldError, WrongInput
 from steering.fields import (
+    ADDRESS,
+    ADDRESS_RULE,
     KINDS,
+    MAX_ADDRESSES,
     MAX_MACHINES,
     MAX_POLICIES,
     MAX_TAGS,
@@ -166,7 +170,7 @@ def _read_machine(
     reader: ItemReader, name: str | None, item: Mapping[str, object], names: Names
 ) -> MachineRecord | None:
     path = f"{reader.path}.spec"
-    found = reader.spec(item, ("vmId",), ("tags",))
+    found = reader.spec(item, ("vmId",), ("tags", "addresses"))
     if found is None:
         return None
     vm_id = None
@@ -177,9 +181,38 @@ def _read_machine(
         if first != reader.number:
             reader.fault(f"{path}.vmId", f"items[{first}] has this vmId too")
     tags = _read_tags(reader, found.get("tags", {}), f"{path}.tags")
-    if name is None or vm_id is None or tags is None:
+    addresses: tuple[str, ...] | None = ()
+    if "addresses" in found:
+        addresses = _read_addresses(reader, found["addresses"], f"{path}.addresses")
+    if name is None or vm_id is None or tags is None or addresses is None:
         return None
-    return MachineRecord(vm_id, name, tags)
+    return MachineRecord(vm_id, name, tags, addresses)
+
+
+def _read_addresses(reader: ItemReader, value: object, path: str) -> tuple[str, ...] | None:
+    """Each in the one form that `ipaddress` writes, which is the switch's too."""
+    found = reader.sequence(value, path, MAX_ADDRESSES)
+    if found is None:
+        return None
+    addresses: list[str] = []
+    for number, said in enumerate(found):
+        text = reader.text(said, f"{path}[{number}]", ADDRESS, ADDRESS_RULE)
+        if text is None:
+            continue
+        try:
+            address = ip_address(text)
+        except ValueError:
+            reader.fault(f"{path}[{number}]", f"{show(text)} is not {ADDRESS_RULE}")
+            continue
+        # The first byte of an address is 0 where it is unset, mapped or translated (RFC 4291, RFC 791).
+        shared = address.packed[0] == 0 or str(address) == "255.255.255.255"
+        if shared or address.is_multicast or address.is_link_local or address.is_loopback:
+            reader.fault(f"{path}[{number}]", f"{address} is no address that a VM holds for itself")
+        elif str(address) in addresses:
+            reader.fault(f"{path}[{number}]", f"{address} stands here more than once")
+        else:
+            addresses.append(str(address))
+    return tuple(addresses) if len(addresses) == len(found) else None
 
 
 def _read_tags(reader: ItemReader, value: object, path: str) -> dict[str, str] | None:
@@ -252,8 +285,8 @@ def render_documents(policies: PolicySet) -> dict[str, object]:
         "kind": "List",
         "items": [
             *(
-                _render_item("VirtualMachine", r.name, {"vmId": r.vm_id, "tags": dict(r.tags)})
-                for r in policies.machines
+                _render_item("VirtualMachine", record.name, _render_machine(record))
+                for record in policies.machines
             ),
             *(
                 _render_item("Zone", zone.name, {"selector": {"matchTags": dict(zone.match_tags)}})
@@ -269,6 +302,13 @@ def render_documents(policies: PolicySet) -> dict[str, object]:
 
 def _render_item(kind: str, name: str, spec: dict[str, object]) -> dict[str, object]:
     return {"apiVersion": API_VERSION, "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+def _render_machine(record: MachineRecord) -> dict[str, object]:
+    rendered: dict[str, object] = {"vmId": record.vm_id, "tags": dict(record.tags)}
+    if record.addresses:
+        rendered["addresses"] = list(record.addresses)
+    return rendered
 
 
 def _render_policy(policy: Policy) -> dict[str, object]:

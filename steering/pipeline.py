@@ -32,7 +32,7 @@ class Table(Enum):
     LEARN = TableSpec(15, "Which address does the packet claim, or use, for the sender's port.")
     ENDPOINT = TableSpec(20, "Which VM is it for; what is for no VM in scope goes direct.")
     CONNECTION = TableSpec(
-        30, "Who opened the connection that it belongs to (conntrack; never drops)."
+        30, "Who opened the connection that it belongs to (conntrack); what is not IP is dropped."
     )
     POLICY = TableSpec(40, "Which policy names it: one conjunction per policy and direction.")
     COMMIT = TableSpec(45, "Remember who opened a connection that has no SYN to tell (UDP, ICMP).")
@@ -102,8 +102,15 @@ class CookieKind(IntEnum):
     POLICY = 3  # number: build_policy_number(name)
     LANE = 4  # number: lane number
     ADDRESS = 5  # learned; number: ofport
-    STRAY = 7  # a drop: unicast IP in a frame for many; number 0
     TAGGED = 6  # a drop of the guard: tagged frames of a VM; number: ofport
+    STRAY = 7  # a drop: unicast IP in a frame for many; number 0
+    CANARY = 8  # Hairpin's own port; number: lane number, 0 where for none or all
+    GHOST = 9  # a drop: from or to a VM in scope whose port is gone; number 0
+    CLAIM = 10  # a drop of the guard: a claim of another's address; number: ofport of its holder
+    UNREAD = (
+        11  # a drop: what is neither IP nor ARP, from a VM in scope to one; number: sender's ofport
+    )
+    MANY = 12  # direct: frames of VMs in scope that are meant for many; number 0
 
 
 def build_cookie(kind: CookieKind, number: int = 0) -> int:
@@ -147,6 +154,7 @@ DELIVER_GROUP = GROUP_PREFIX | 0xFFFF
 
 # Policies take the middle of POLICY's flow priorities.
 POLICY_PRIORITY_BASE = 10_000
+CANARY_PRIORITY = 60_000  # above every policy: it steers canaries, which no policy names
 
 
 def build_policy_priority(policy: Policy) -> int:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from steering.check import check_program
-from steering.compile import compile_program
-from steering.counters import Counters, build_counters
+from steering.compile import compile_program, find_steerable_ports
+from steering.contests import Claims, record_claim
+from steering.counters import Counters, build_counters, find_tallies
 from steering.decide import check_against_switch, resolve_machines
 from steering.diff import Bundle, build_bundle
 from steering.errors import SwitchError, WrongInput
 from steering.events import (
+    AddressContested,
     AddressSeen,
     DriftMended,
     LaneChanged,
@@ -27,11 +29,13 @@ from steering.events import (
     SwitchChanged,
 )
 from steering.flows import Program
+from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
 from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
 from steering.tasks import cancel_all
+from steering.widths import find_width_problems
 
 log = structlog.get_logger("reconcile")
 
@@ -75,7 +79,7 @@ class Reconciler:
     """Keeps one bridge equal to what the policies in force mean for the VMs that are there.
 
     Construct, `await start(policies)`, then `plan` and `apply`; `close` leaves the switch as it is,
-    so traffic goes on being steered without us.
+    so traffic goes on being steered without us. ``canary`` is the interface of Hairpin's own port.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Reconciler:
         bridge: str,
         lanes: Sequence[Lane],
         on_event: Callable[[SteeringEvent], None],
+        canary: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._switch = OpenFlowSwitch(openflow)
@@ -95,7 +100,12 @@ class Reconciler:
         self._clock = clock
         self._policies = PolicySet()
         self._settled: Program | None = None
+        self._ghosts: tuple[Ghost, ...] = ()
+        self._has_remembered = False
+        self._claims = Claims()
         self._view: SwitchView | None = None
+        self._is_view_stale = False
+        self._widths: tuple[SwitchView, PolicySet, tuple[str, ...]] | None = None
         self._lost: tuple[str, float] | None = ("not connected yet", clock())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -105,7 +115,7 @@ class Reconciler:
         self._forwarding: dict[str, bool] = {}
         self._owners: dict[int, str] = {}
         self._ownerless: dict[tuple[int, str], tuple[float, LearnedAddress]] = {}
-        self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread)
+        self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread, canary)
         self._monitor = FlowMonitor(openflow, self._take_address, self._wake.set)
 
     # What is seen
@@ -117,7 +127,10 @@ class Reconciler:
 
     @property
     def observed(self) -> Observed:
-        return self._view.observed if self._view is not None else Observed(lanes=self._lanes)
+        if self._view is None:
+            return Observed(lanes=self._lanes)
+        fresh = find_fresh(self._ghosts, time.monotonic())
+        return replace(self._view.observed, ghosts=tuple(ghost.port for ghost in fresh))
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -129,8 +142,30 @@ class Reconciler:
         return resolve_machines(wanted, self.observed.ports)
 
     def is_forwarding(self, lane: Lane) -> bool:
-        """Whether BFD passes through the lane's engine, seen from both legs."""
-        return self._forwarding.get(lane.name, False)
+        """Whether BFD passes through the lane's engine, seen from both legs.
+
+        False while the switch is lost: what OVSDB says of BFD then stands still, and may be long past.
+        """
+        return self._lost is None and self._forwarding.get(lane.name, False)
+
+    def is_down(self, lane: Lane) -> bool:
+        """Whether BFD was seen not to pass; not the same as not `is_forwarding`, which is also said
+
+        of a lane that was not looked at yet, and while the switch is lost.
+        """
+        return self._lost is None and self._forwarding.get(lane.name) is False
+
+    @property
+    def flaps(self) -> dict[str, int]:
+        """By lane name: how often BFD changed on its legs since they were set up; from 0 again after a
+
+        restart of the switch. It tells changes that came and went faster than OVSDB told of them.
+        """
+        count = {leg.interface: leg.flaps for leg in self._view.legs} if self._view else {}
+        return {
+            lane.name: count.get(lane.leg_a.interface, 0) + count.get(lane.leg_b.interface, 0)
+            for lane in self._lanes
+        }
 
     @property
     def status(self) -> SwitchStatus:
@@ -149,8 +184,24 @@ class Reconciler:
             fail_mode=view.fail_mode if view else "",
             ovs_version=view.ovs_version if view else "",
             datapath_type=view.datapath_type if view else "",
-            problems=problems,
+            problems=(*problems, *self._find_width_problems()),
         )
+
+    def _find_width_problems(self) -> tuple[str, ...]:
+        """Found once per view and policies: the status is asked for often, and there may be many VMs."""
+        view, policies = self._view, self._policies
+        if view is None:
+            return ()
+        if self._widths is None or self._widths[0] is not view or self._widths[1] is not policies:
+            found = find_width_problems(
+                policies,
+                self.machines(),
+                view.observed.lanes,
+                view.mtus,
+                super_packets=view.super_packets,
+            )
+            self._widths = view, policies, found
+        return self._widths[2]
 
     @property
     def mirrored_packets(self) -> int | None:
@@ -162,12 +213,14 @@ class Reconciler:
         flows, groups = await asyncio.gather(
             self._switch.read_flow_counters(), self._switch.read_group_counters()
         )
-        return build_counters(
+        policies, lanes = self._policies, self.lanes
+        tallies = find_tallies(
             [(item.flow.key, item.flow.cookie, item.packets, item.bytes) for item in flows],
             [(item.group_id, item.buckets) for item in groups],
-            self._policies,
-            self.lanes,
+            policies,
+            lanes,
         )
+        return build_counters(tallies, policies, lanes)
 
     # What is done
 
@@ -246,19 +299,33 @@ class Reconciler:
         faults = check_against_switch(policies, observed.ports, observed.lanes)
         if faults:
             raise WrongInput(faults)
+        observed = await self._remember(observed)
         program = self._compile(policies, observed)
         return Plan(program, await self._find_difference(program), observed)
 
     def _compile(self, policies: PolicySet, observed: Observed) -> Program:
         machines = resolve_machines(policies, observed.ports)
-        program = compile_program(policies, machines, observed.lanes)
-        violated = check_program(program, observed.lanes)
+        program = compile_program(
+            policies, machines, observed.lanes, observed.canary, observed.ghosts
+        )
+        violated = check_program(program, observed.lanes, observed.canary)
         if violated:
             raise SwitchError(
                 f"the compiled flows break an invariant, nothing was sent: {'; '.join(violated[:5])}",
                 "this is a bug in Hairpin: please report it with your policies",
             )
         return program
+
+    async def _remember(self, observed: Observed) -> Observed:
+        """Once, before the first change: whom the flows of an earlier process still keep out."""
+        if self._has_remembered:
+            return observed
+        present = await self._switch.read_present()
+        known = find_guarded_ports(present.flows)
+        steerable = find_steerable_ports(self.observed)
+        self._ghosts = build_ghosts(self._ghosts, known, steerable, time.monotonic())
+        self._has_remembered = True
+        return self.observed
 
     async def _find_difference(self, program: Program) -> Bundle:
         return build_bundle(program, await self._switch.read_present())
@@ -272,10 +339,14 @@ class Reconciler:
             loop.call_soon_threadsafe(self._take_view, view)
 
     def _take_view(self, view: SwitchView | None) -> None:
+        self._is_view_stale = view is None
         if view is None:
             self._lose("the connection to OVSDB ended")
             return
+        before = find_steerable_ports(self.observed)
         self._view = view
+        present = find_steerable_ports(view.observed)
+        self._ghosts = build_ghosts(self._ghosts, before, present, time.monotonic())
         self._first_view.set()
         legs = {leg.interface: leg.forwarding for leg in view.legs}
         for lane in view.observed.lanes:
@@ -312,6 +383,17 @@ class Reconciler:
         else:
             at = now - learned.idle
             self._on_event(AddressSeen(at, learned.address, owner, learned.claimed))
+            if learned.claimed:
+                self._tell_contest(at, learned.address, owner)
+
+    def _tell_contest(self, at: float, address: str, claimant: str) -> None:
+        present = {port.vm_id for port in self.observed.ports}
+        self._claims, holder = record_claim(
+            self._claims, address, claimant, present, time.monotonic()
+        )
+        shared = {one.vm_id for one in self._policies.machines if address in one.addresses}
+        if holder is not None and not {holder, claimant} <= shared:
+            self._on_event(AddressContested(at, address, holder, claimant))
 
     async def _keep(self) -> None:
         """Until cancelled: reconcile at every change, and look at groups and flows now and then."""
@@ -329,7 +411,8 @@ class Reconciler:
                     await self._reconcile(full=full)
                 if full:
                     full_check_due = time.monotonic() + FULL_CHECK_SECONDS
-                self._regain()
+                if not self._is_view_stale:
+                    self._regain()
             except SwitchError as fault:
                 log.warning("not reconciled", reason=fault.reason, mend=fault.mend)
                 self._lose(fault.reason)
@@ -351,6 +434,7 @@ class Reconciler:
             present = await self._switch.read_groups()
             if present == frozenset(self._settled.groups):
                 return
+        observed = await self._remember(observed)
         program = self._compile(self._policies, observed)
         moved = self._find_moved_ports(observed)
         for ofport in moved:

@@ -53,13 +53,13 @@ class FlowMonitor:
                 self._target,
                 "watch:",
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
             )
             try:
-                # ovs-ofctl writes what it monitors to standard error.
-                assert process.stderr is not None  # noqa: S101 - asked for above
-                async for raw in process.stderr:
+                # ovs-ofctl writes what is there at first to standard output, and what happens to error.
+                assert process.stdout is not None  # noqa: S101 - asked for above
+                async for raw in process.stdout:
                     await self._take(raw.decode(errors="replace"))
                 # It closed its output, so it is ending; a kill now would race with its reaping.
                 with contextlib.suppress(TimeoutError):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ovs.db.error
@@ -19,21 +19,25 @@ import ovs.poller
 import ovs.stream
 import structlog
 
+from steering.compile_canary import find_canary_macs
 from steering.errors import SwitchError
 from steering.model import Lane, Leg, Observed, Port
 
 log = structlog.get_logger("ovsdb")
 
+PROBE_MILLISECONDS = 3000  # of silence until it is asked, and again until it is given up
+
 COLUMNS = {
-    "Open_vSwitch": ["bridges", "ovs_version"],
+    "Open_vSwitch": ["bridges", "ovs_version", "other_config"],
     "Bridge": ["name", "ports", "mirrors", "fail_mode", "datapath_type"],
     "Mirror": ["name", "statistics"],
-    "Port": ["name", "interfaces", "tag", "trunks", "vlan_mode"],
+    "Port": ["name", "interfaces", "tag", "trunks", "vlan_mode", "protected"],
     "Interface": [
         "name",
         "ofport",
         "external_ids",
         "mac_in_use",
+        "mtu",
         "link_state",
         "bfd_status",
         "error",
@@ -43,15 +47,24 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class LegState:
-    """Whether BFD says that the path through the lane's engine is whole, as one leg sees it."""
+    """Whether BFD says that the path through the lane's engine is whole, as one leg sees it.
+
+    ``flaps``: how often that changed since BFD was set up on the leg (ovs-vswitchd.conf.db(5),
+    bfd_status:flap_count).
+    """
 
     interface: str
     forwarding: bool
+    flaps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchView:
-    """What OVSDB says at one moment. ``bridge_found`` is False while the bridge does not exist."""
+    """What OVSDB says at one moment. ``bridge_found`` is False while the bridge does not exist.
+
+    ``mtus`` in bytes by interface, where the switch knows one. ``super_packets``: userspace-tso-enable
+    (ovs-vswitchd.conf.db(5), Open_vSwitch, other_config).
+    """
 
     observed: Observed
     legs: tuple[LegState, ...]
@@ -59,6 +72,8 @@ class SwitchView:
     fail_mode: str
     ovs_version: str
     datapath_type: str
+    mtus: Mapping[str, int] = field(default_factory=dict)
+    super_packets: bool = False
 
 
 def _first(value: Any, default: Any) -> Any:
@@ -68,8 +83,10 @@ def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def build_view(idl: Any, bridge_name: str, lanes: Sequence[Lane]) -> SwitchView:
-    """The IDL's replica as frozen values."""
+def build_view(
+    idl: Any, bridge_name: str, lanes: Sequence[Lane], canary: str | None = None
+) -> SwitchView:
+    """The IDL's replica as frozen values. ``canary`` is the interface of Hairpin's own port."""
     version = next((_first(row.ovs_version, "") for row in _rows(idl, "Open_vSwitch")), "")
     bridge = next((row for row in _rows(idl, "Bridge") if row.name == bridge_name), None)
     if bridge is None:
@@ -94,6 +111,9 @@ def build_view(idl: Any, bridge_name: str, lanes: Sequence[Lane]) -> SwitchView:
                         f"enter the lane; set it with `ovs-vsctl set port {row.name} tag={lane.vlan}`"
                     )
                 continue
+            if interface.name == canary:
+                problems += _find_canary_problems(row, interface, lane_vlans)
+                continue
             port = _build_port(interface, tag, bridge_name)
             if tag in lane_vlans:
                 problems.append(
@@ -112,19 +132,41 @@ def build_view(idl: Any, bridge_name: str, lanes: Sequence[Lane]) -> SwitchView:
             for leg in (lane.leg_a, lane.leg_b)
             if leg.ofport <= 0
         ]
+    if canary is not None and canary not in interfaces:
+        problems.append(
+            f"bridge {bridge_name} has no port {canary} for canaries: no lane can be proved to inspect"
+        )
+    if canary is not None:
+        reserved = find_canary_macs(lanes)
+        problems += [
+            f"port {port.interface} has MAC {port.mac}, which is a canary's: it is not steered"
+            for port in ports
+            if port.mac in reserved
+        ]
     seen: dict[str, str] = {}
     for port in ports:
         if port.mac in seen:
             problems.append(
-                f"ports {seen[port.mac]} and {port.interface} both have MAC {port.mac}: neither is steered"
+                f"ports {seen[port.mac]} and {port.interface} both have MAC {port.mac}: neither is "
+                "steered, and where a policy names one nothing passes from or to it"
             )
         seen[port.mac] = port.interface
     legs = tuple(
-        LegState(name, _is_forwarding(interfaces.get(name))) for name in sorted(wanted_legs)
+        LegState(name, _is_forwarding(interfaces.get(name)), _find_flaps(interfaces.get(name)))
+        for name in sorted(wanted_legs)
     )
-    observed = Observed(tuple(sorted(ports, key=lambda p: p.interface)), filled, tuple(problems))
+    observed = Observed(
+        tuple(sorted(ports, key=lambda p: p.interface)),
+        filled,
+        tuple(problems),
+        _find_ofport(interfaces.get(canary)) if canary is not None else 0,
+    )
     fail_mode = _first(bridge.fail_mode, "")
-    return SwitchView(observed, legs, True, fail_mode, version, bridge.datapath_type)
+    mtus = {name: int(mtu) for name, row in interfaces.items() if (mtu := _first(row.mtu, 0))}
+    wide = any(
+        row.other_config.get("userspace-tso-enable") == "true" for row in _rows(idl, "Open_vSwitch")
+    )
+    return SwitchView(observed, legs, True, fail_mode, version, bridge.datapath_type, mtus, wide)
 
 
 def find_mirrored_packets(idl: Any, bridge_name: str) -> int | None:
@@ -173,12 +215,43 @@ def _is_unicast_mac(mac: str) -> bool:
 
 
 def _fill(leg: Leg, interfaces: dict[str, Any]) -> Leg:
-    interface = interfaces.get(leg.interface)
-    return replace(leg, ofport=max(_first(interface.ofport, 0), 0) if interface is not None else 0)
+    return replace(leg, ofport=_find_ofport(interfaces.get(leg.interface)))
+
+
+def _find_ofport(interface: Any) -> int:
+    return max(_first(interface.ofport, 0), 0) if interface is not None else 0
+
+
+def _find_canary_problems(
+    port: Any, interface: Any, lane_vlans: Mapping[int, Lane]
+) -> Iterator[str]:
+    """Why NORMAL could flood into the canary's port, or what comes back could not get out of it."""
+    tag, mode = _first(port.tag, None), _first(port.vlan_mode, "")
+    name = interface.name
+    if tag not in lane_vlans or mode not in ("", "access"):
+        problem = f"tag {tag}" if mode in ("", "access") else f"vlan_mode {mode}"
+        vlan = min(lane_vlans, default=0)
+        yield (
+            f"canary port {name} has {problem}: VMs' frames could be flooded into it; set it with "
+            f"`ovs-vsctl clear port {port.name} vlan_mode -- set port {port.name} tag={vlan}`"
+        )
+    if _first(port.protected, False):
+        yield (
+            f"canary port {name} is protected, so nothing from a protected leg gets out of it; "
+            f"`ovs-vsctl set port {port.name} protected=false`"
+        )
+    if _find_ofport(interface) <= 0:
+        reason = _first(interface.error, "") or "it has no ofport"
+        yield f"canary port {name} is not usable: {reason}"
 
 
 def _is_forwarding(interface: Any) -> bool:
     return interface is not None and interface.bfd_status.get("forwarding") == "true"
+
+
+def _find_flaps(interface: Any) -> int:
+    count = interface.bfd_status.get("flap_count", "") if interface is not None else ""
+    return int(count) if count.isdecimal() else 0
 
 
 class OvsdbMonitor:
@@ -190,11 +263,13 @@ class OvsdbMonitor:
         bridge: str,
         lanes: Sequence[Lane],
         on_view: Callable[[SwitchView | None], None],
+        canary: str | None = None,
     ) -> None:
         self._remote = remote
         self._bridge = bridge
         self._lanes = tuple(lanes)
         self._on_view = on_view
+        self._canary = canary
         self.mirrored_packets: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ovsdb", daemon=True)
@@ -220,7 +295,9 @@ class OvsdbMonitor:
         helper = ovs.db.idl.SchemaHelper(schema_json=schema)
         for table, columns in COLUMNS.items():
             helper.register_columns(table, columns)
-        idl = ovs.db.idl.Idl(self._remote, helper, probe_interval=5000)
+        idl = ovs.db.idl.Idl(self._remote, helper)
+        # The IDL never probes a Unix socket, and a hung server would look like a quiet one.
+        idl._session.reconnect.set_probe_interval(PROBE_MILLISECONDS)
         last: SwitchView | None = None
         seen = 0
         try:
@@ -233,7 +310,7 @@ class OvsdbMonitor:
                     if idl.change_seqno != seen:
                         seen = idl.change_seqno
                         self.mirrored_packets = find_mirrored_packets(idl, self._bridge)
-                        view = build_view(idl, self._bridge, self._lanes)
+                        view = build_view(idl, self._bridge, self._lanes, self._canary)
                         if view != last:
                             last = view
                             self._on_view(view)

@@ -108,7 +108,7 @@ def test_a_lane_without_legs_drops_when_closed_and_delivers_when_open() -> None:
     )
     assert check_program(program, legless) == ()
     assert {group.buckets for group in program.groups if group.kind == "ff"} == {
-        (),
+        ("watch_group:1213267967,actions=drop",),
         ("watch_group:1213267967,actions=resubmit(,70)",),
     }
 

@@ -6,12 +6,14 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from appliance.lab import LabState, add_vm, move_vm, remove_vm, restart_vswitchd
+from steering.accounting import Meter, read_growth
 from steering.compile import compile_program
+from steering.counters import Count
 from steering.decide import resolve_machines
 from steering.diff import build_bundle
 from steering.errors import SwitchError, WrongInput
@@ -114,7 +116,9 @@ class Rig:
         """Does the switch have exactly what the policies in force mean for the VMs that are there?"""
         observed = self.reconciler.observed
         machines = resolve_machines(self.reconciler.policies, observed.ports)
-        program = compile_program(self.reconciler.policies, machines, observed.lanes)
+        program = compile_program(
+            self.reconciler.policies, machines, observed.lanes, observed.canary, observed.ghosts
+        )
         try:
             present = await OpenFlowSwitch(self.lab.openflow).read_present()
         except SwitchError:
@@ -138,6 +142,7 @@ async def rig(bare_lab: LabState) -> AsyncIterator[Rig]:
         bridge="br-int",
         lanes=bare_lab.settings.build_lanes(),
         on_event=events.append,
+        canary=bare_lab.settings.canary.interface,
     )
     await reconciler.start(PolicySet())
     rig = Rig(bare_lab, reconciler, events)
@@ -279,9 +284,39 @@ async def test_a_lane_without_an_engine_is_down_and_fails_as_told(rig: Rig) -> N
     )
     await asyncio.sleep(1.5)  # the switch gathers statistics from its datapath every half second
     counters = await rig.reconciler.read_counters()
-    assert counters.lanes["prevent"].bypassed.packets >= 6
-    assert counters.lanes["detect"].bypassed.packets == 0
-    assert counters.policies["web-to-app"].packets >= 6
+    prevent, detect = counters.lanes["prevent"], counters.lanes["detect"]
+    assert (prevent.bypassed.packets, prevent.blocked.packets) == (6, 0)
+    assert prevent.steered == prevent.bypassed, "requests and answers"
+    assert (detect.bypassed.packets, detect.blocked.packets) == (0, 1)
+    assert detect.steered == detect.blocked
+    assert prevent.into == detect.into == prevent.returned == Count()
+    assert counters.policies["web-to-app"].packets == 6
+
+
+async def test_no_counter_starts_anew_when_policies_change_that_are_not_its_own(rig: Rig) -> None:
+    policies = build_policies(rig.lab)
+    await rig.reconciler.apply(policies)
+    app = rig.lab.vm("app-1")
+    assert run_in_vm(rig.lab, "web-1", "ping", "-c3", "-i0.2", "-W1", app.address4).status == 0
+    await asyncio.sleep(1.5)
+    meter = read_growth(Meter(), await rig.reconciler.read_counters())[1]
+    await rig.reconciler.apply(replace(policies, policies=policies.policies[:2]))
+    state = await asyncio.to_thread(add_vm, rig.lab, "web-9")
+    try:
+        await rig.wait(lambda: len(rig.reconciler.observed.ports) == len(state.vms), 2)
+        await rig.wait_settled(2)
+        counters = await rig.reconciler.read_counters()
+        growth, meter = read_growth(meter, counters)
+        assert counters.lanes["prevent"].bypassed.packets >= 6
+        assert growth.lanes["prevent"].bypassed.packets == 0
+    finally:
+        await asyncio.to_thread(remove_vm, state, "web-9")
+    await asyncio.to_thread(restart_vswitchd, rig.lab)
+    await rig.wait_settled(5)
+    assert run_in_vm(rig.lab, "web-1", "ping", "-c2", "-i0.2", "-W1", app.address4).status == 0
+    await asyncio.sleep(1.5)
+    growth, _ = read_growth(meter, await rig.reconciler.read_counters())
+    assert growth.lanes["prevent"].bypassed.packets == 4, "a restarted switch counts from 0"
 
 
 async def test_wrong_policies_are_refused_and_change_nothing(rig: Rig) -> None:

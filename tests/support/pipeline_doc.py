@@ -19,16 +19,20 @@ from steering.model import (
     Peer,
     Policy,
     PolicySet,
+    Port,
     PortRange,
     Profile,
     Protocol,
     Service,
 )
-from steering.pipeline import Table
-from tests.support.worlds import LANES, ZONES, build_port
+from steering.pipeline import CookieKind, Table, parse_cookie
+from tests.support.worlds import CANARY, LANES, ZONES, build_port
 
+APART = (CookieKind.CANARY, CookieKind.GHOST)  # what the page shows by itself, not in each table
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "pipeline.md"
-_BLOCK = re.compile(r"<!-- (tables|groups|flows: [A-Z ]+)[^>]*-->\n.*?<!-- end -->\n", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- (tables|groups|kind: [A-Z]+|flows: [A-Z ]+)[^>]*-->\n.*?<!-- end -->\n", re.DOTALL
+)
 
 
 def build_example() -> Program:
@@ -48,13 +52,20 @@ def build_example() -> Program:
         action=Inspect(Profile.PREVENT, OnFailure.CLOSED),
     )
     policies = PolicySet(records, ZONES, (policy,))
-    return compile_program(policies, resolve_machines(policies, ports), LANES[:1])
+    machines = resolve_machines(policies, ports)
+    gone = Port("", 0, build_port(3).mac, "", "", "")
+    return compile_program(policies, machines, LANES[:1], CANARY, (gone,))
 
 
 def _is_told(flow: Flow) -> bool:
     """One port is enough to show what every port has, and one family of what both have."""
     other = re.search(r"in_port=2\b|00:02\b", flow.match) is not None
-    return not (other and flow.table not in (Table.POLICY, Table.DELIVER))
+    return not ((other and flow.table not in (Table.POLICY, Table.DELIVER)) or is_of(flow, *APART))
+
+
+def is_of(flow: Flow, *kinds: CookieKind) -> bool:
+    owner = parse_cookie(flow.cookie)
+    return owner is not None and owner[0] in kinds
 
 
 def _render_block(what: str, program: Program) -> str:
@@ -64,6 +75,10 @@ def _render_block(what: str, program: Program) -> str:
         )
     if what == "groups":
         return "\n" + "".join(f"    {group}\n" for group in program.groups) + "\n"
+    if what.startswith("kind: "):
+        kind = CookieKind[what.removeprefix("kind: ")]
+        flows = [flow for flow in program.flows if is_of(flow, kind)]
+        return "\n" + "".join(f"    {flow}\n" for flow in flows) + "\n"
     names = what.removeprefix("flows: ").split()
     flows = [flow for flow in program.flows if flow.table.name in names and _is_told(flow)]
     return "\n" + "".join(f"    {flow}\n" for flow in flows) + "\n"

@@ -32,6 +32,8 @@ LANES = (
     Lane(2, Profile.DETECT, 3902, (1,), Leg("d-a", "da", 203), Leg("d-b", "db", 204)),
 )
 
+CANARY = 211  # ofport of Hairpin's own port
+
 
 def build_port(number: int, *, tag: int | None = None) -> Port:
     return Port(

@@ -185,7 +185,7 @@ def test_two_hundred_vms_and_fifty_policies_take_less_than_two_seconds() -> None
     )
     wanted = PolicySet(records, zones, policies)
     machines = resolve_machines(wanted, [build_port(n) for n in range(200)])
-    started = time.monotonic()
+    started = time.process_time()
     coverage = build_coverage(wanted, machines)
-    assert time.monotonic() - started < 2  # 0.1 s on an idle core
+    assert time.process_time() - started < 2  # 0.1 s
     assert len(coverage.pairs) == 200 * 199

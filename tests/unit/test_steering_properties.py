@@ -14,9 +14,9 @@ from steering.diff import build_bundle, build_present
 from steering.explain import explain
 from steering.flows import Present, Program
 from steering.model import Deny, Family, Inspect, OnFailure, PolicySet, Profile, Protocol
-from steering.pipeline import build_group_id, build_steer_key
+from steering.pipeline import CookieKind, build_group_id, build_steer_key
 from tests.support.simulator import Conntrack, Frame, Simulator
-from tests.support.worlds import LANES, build_port, policy_sets
+from tests.support.worlds import CANARY, LANES, build_port, policy_sets
 
 PORTS = tuple(build_port(number) for number in range(1, 7))
 LEGS = {leg.ofport for lane in LANES for leg in (lane.leg_a, lane.leg_b)}
@@ -28,7 +28,7 @@ many = settings(max_examples=150, deadline=None)
 
 
 def compile_for(policies: PolicySet) -> Program:
-    return compile_program(policies, resolve_machines(policies, PORTS), LANES)
+    return compile_program(policies, resolve_machines(policies, PORTS), LANES, CANARY)
 
 
 def build_first(
@@ -60,7 +60,7 @@ def decide_first(
 @many
 @given(policy_sets())
 def test_every_program_keeps_the_invariants(policies: PolicySet) -> None:
-    assert check_program(compile_for(policies), LANES) == ()
+    assert check_program(compile_for(policies), LANES, CANARY) == ()
 
 
 @many
@@ -196,7 +196,7 @@ def test_frames_that_lie_are_dropped(policies: PolicySet) -> None:
     scoped = {
         flow.cookie & 0xFFFF
         for flow in program.flows
-        if flow.match.endswith("vlan_tci=0x1000/0x1000")
+        if flow.cookie >> 40 & 0xFF == CookieKind.TAGGED
     }
     for here in scoped:
         mine, other = PORTS[here - 1].mac, PORTS[here % 6].mac
@@ -324,7 +324,7 @@ def test_unicast_in_a_frame_for_many_is_not_flooded(policies: PolicySet, pair: l
     scoped = {
         flow.cookie & 0xFFFF
         for flow in program.flows
-        if flow.match.endswith("vlan_tci=0x1000/0x1000")
+        if flow.cookie >> 40 & 0xFF == CookieKind.TAGGED
     }
     frame = build_first(pair, Protocol.UDP, Family.IPV4, 53)
     for address in ("ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"):
@@ -332,3 +332,26 @@ def test_unicast_in_a_frame_for_many_is_not_flooded(policies: PolicySet, pair: l
         assert flooded == (pair[0] not in scoped)
         many = replace(frame, dl_dst=address, extra=(("nw_dst", "224.0.0.0/4"),))
         assert simulator.send(many).normal, "multicast goes as it went"
+
+
+@many
+@given(policy_sets(), pairs)
+def test_what_is_not_ip_does_not_pass_between_vms_in_scope(
+    policies: PolicySet, pair: list[int]
+) -> None:
+    """It may carry IP (MPLS, PPPoE); ARP and what is for many pass, and VMs out of scope are left alone."""
+    program = compile_for(policies)
+    simulator = Simulator(program)
+    scoped = {
+        flow.cookie & 0xFFFF
+        for flow in program.flows
+        if flow.cookie >> 40 & 0xFF == CookieKind.UNREAD
+    }
+    here, there = (PORTS[number - 1] for number in pair)
+    journey = simulator.send(Frame(here.ofport, here.mac, there.mac, ip=None))
+    assert journey.normal == (not {*pair} <= scoped)
+    assert journey.outputs == []
+    for address in ("ff:ff:ff:ff:ff:ff", "01:80:c2:00:00:0e"):
+        assert simulator.send(Frame(here.ofport, here.mac, address, ip=None)).normal
+    asked = (("arp_sha", here.mac), ("arp_spa", "10.0.0.1"))
+    assert simulator.send(Frame(here.ofport, here.mac, there.mac, ip="arp", extra=asked)).normal
