@@ -73,6 +73,31 @@ def write_bridges(lanes: Sequence[Lane]) -> tuple[BridgeReport, ...]:
         ) from fault
 
 
+def write_canary_device(device: str) -> BridgeReport:
+    """Make the canary's device right: up, silent, in no bridge. Idempotent; blocks shortly.
+
+    Raises HairpinError when the kernel refuses.
+    """
+    try:
+        with IPRoute() as netlink:
+            link = _find_link(netlink, device)
+            if link is None:
+                return BridgeReport(missing=(device,))
+            changes = _write_quiet(netlink, link, device)
+            if link.get("IFLA_MASTER"):
+                netlink.link("set", index=link["index"], master=0)
+                changes.append(f"{device} was in a bridge")
+            changes += _write_up(netlink, link, device)
+    except NetlinkError as fault:
+        raise HairpinError(
+            f"the canary's device can't be made right: {fault}",
+            "run `hairpin doctor`; is this CAP_NET_ADMIN?",
+        ) from fault
+    if changes:
+        log.info("canary device changed", device=device, changes=changes)
+    return BridgeReport(tuple(changes), (), (int(link.get("IFLA_MTU")),))
+
+
 def remove_bridges(lanes: Sequence[Lane]) -> None:
     """Take the lanes' bridges away; their devices stay, down and without a master."""
     with IPRoute() as netlink:

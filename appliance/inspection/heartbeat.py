@@ -2,7 +2,8 @@
 
 An engine that loads rules does not answer its command socket for seconds, but burns processor time;
 one that hangs or was stopped does neither. So silence alone condemns only after a long time, silence
-of an idle engine after a short one. Packets that wait while the engine idles are silence, too.
+of an idle engine after a short one. Packets that wait while the engine idles are silence, too, and so
+are packets that are queued while the engine, busy or not, counts none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ SILENT_LIMIT = 3.0
 """Seconds without an answer, or with packets waiting all the time, of an engine that does nothing."""
 BUSY_LIMIT = 180.0
 """Seconds without an answer of an engine that works: longer than any ruleset takes to load."""
+STALLED_LIMIT = 8.0
+"""Seconds in which an engine counts no packet while some are queued. It counts every 3 s, tells it each second."""
 IDLE_SHARE = 0.05
 """An engine that used less than this share of one processor did nothing."""
 BACKOFF_WINDOW = 60.0
@@ -22,12 +25,22 @@ BACKOFF_LIMIT = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """An engine at one moment. `at` and `cpu` are in seconds (monotonic, processor time)."""
+    """An engine at one moment. `at` and `cpu` are in seconds (monotonic, processor time).
+
+    `queued`: packets that its queues were given, `taken`: those that it says it took; None: not known.
+    """
 
     at: float
     answered: bool
     waiting: int
     cpu: float
+    queued: int = 0
+    taken: int | None = None
+
+    @property
+    def given_back(self) -> int:
+        """Packets that the engine has decided, as the queue sees it."""
+        return self.queued - self.waiting
 
 
 def prune_beats(beats: Sequence[Beat], now: float) -> tuple[Beat, ...]:
@@ -42,6 +55,9 @@ def find_hang(beats: Sequence[Beat]) -> str | None:
     now = beats[-1]
     silent = _trailing(beats, lambda beat: not beat.answered)
     stuck = _trailing(beats, lambda beat: beat.waiting > 0)
+    # With traffic some always wait, and a light load is no work to speak of: given back counts.
+    if stuck and now.given_back > stuck[0].given_back:
+        stuck = ()
     for run, what in ((silent, "did not answer"), (stuck, "left packets waiting")):
         if not run:
             continue
@@ -49,9 +65,26 @@ def find_hang(beats: Sequence[Beat]) -> str | None:
         lasted = now.at - first.at
         if lasted >= SILENT_LIMIT and now.cpu - first.cpu < IDLE_SHARE * lasted:
             return f"the engine {what} for {lasted:.1f} s and did nothing"
+    if reason := _find_stall(beats):
+        return reason
     if silent and now.at - silent[0].at >= BUSY_LIMIT:
         return f"the engine did not answer for {now.at - silent[0].at:.0f} s"
     return None
+
+
+def _find_stall(beats: Sequence[Beat]) -> str | None:
+    """A packet thread that does nothing for its queue, however busy the engine is and whatever it answers."""
+    now = beats[-1]
+    if now.taken is None or not now.answered:
+        return None
+    same = _trailing(beats, lambda beat: beat.taken == now.taken and beat.answered)
+    lasted = now.at - same[0].at
+    # What is queued in the last seconds may not be counted yet; what came before must be.
+    early = [beat for beat in same if now.at - beat.at >= STALLED_LIMIT / 2]
+    if lasted < STALLED_LIMIT or not early or early[-1].queued <= same[0].queued:
+        return None
+    queued = now.queued - same[0].queued
+    return f"the engine counted no packet for {lasted:.1f} s while {queued} were queued"
 
 
 def _trailing(beats: Sequence[Beat], holds: Callable[[Beat], bool]) -> Sequence[Beat]:

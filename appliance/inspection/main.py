@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 
 from appliance.inspection import bridge, engine, files
+from appliance.inspection.canary_service import CanaryService
 from appliance.inspection.faults import FaultBook
 from appliance.inspection.netfilter import (
     Netfilter,
@@ -77,6 +78,39 @@ class Inspection:
         """Rules first, then bridges. Raises HairpinError."""
         await self.netfilter.apply()
         self._take_reports(await asyncio.to_thread(bridge.write_bridges, self.lanes), first=True)
+        await self._write_canary(first=True)
+
+    async def _write_canary(self, *, first: bool) -> None:
+        """Its device may be missing or refuse: lanes inspect without it."""
+        if self.settings.canary.interface is None:
+            return
+        device = self.settings.canary.device
+        try:
+            report = await asyncio.to_thread(bridge.write_canary_device, device)
+        except HairpinError as fault:
+            self._note("canary device", fault.reason, fault.mend)
+            return
+        if report.missing:
+            self._note(
+                "canary device",
+                f"no device {device} in the service host",
+                "attach it, or correct canary.device in the settings; no lane is proved until then",
+            )
+            return
+        self.faults.mend("canary device", time.time())
+        if report.changes and not first:
+            reason = f"the canary's device had been changed: {'; '.join(report.changes)}"
+            self.faults.note_mended("canary changed", reason, "", time.time())
+
+    def _note(self, kind: str, reason: str, mend: str) -> None:
+        self.faults.note(kind, reason, mend, time.time())
+        self._changed.set()
+
+    def _note_canary(self, reason: str, mend: str) -> None:
+        if reason:
+            self._note("canary socket", reason, mend)
+        else:
+            self.faults.mend("canary socket", time.time())
 
     async def keep_network(self) -> None:
         """Mend what somebody changed in rules or bridges, for ever."""
@@ -93,6 +127,7 @@ class Inspection:
                         time.time(),
                     )
                 reports = await asyncio.to_thread(bridge.write_bridges, self.lanes)
+                await self._write_canary(first=False)
             except HairpinError as fault:
                 log.error("network not right", reason=fault.reason, mend=fault.mend)
                 self.faults.note("network", fault.reason, fault.mend, time.time())
@@ -129,12 +164,14 @@ class Inspection:
         self._changed.set()
 
     def build_state(self, now: float, counters: tuple[QueueCounters, ...]) -> InspectionState:
-        by_number = {seen.number: seen for seen in counters}
         return InspectionState(
             updated=now,
             pid=os.getpid(),
             dialect=str(self.netfilter.dialect),
-            lanes=tuple(supervisor.build_state(now, by_number) for supervisor in self.supervisors),
+            lanes=tuple(
+                supervisor.build_state(now, counters, self.netfilter.frames)
+                for supervisor in self.supervisors
+            ),
             faults=self.faults.build(now),
         )
 
@@ -166,6 +203,9 @@ class Inspection:
                         for supervisor in self.supervisors
                     ),
                 ]
+                if self.settings.canary.interface is not None:
+                    service = CanaryService(self.settings, read_queue_counters, self._note_canary)
+                    tasks.append(group.create_task(service.run()))
                 await stopping.wait()
                 for task in tasks:
                     task.cancel()

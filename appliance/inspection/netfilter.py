@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from appliance.inspection import queueing
+from appliance.inspection.counting import (
+    FrameCounters,
+    build_frame_counters,
+    parse_nftables_counters,
+)
 from appliance.inspection.queueing import Dialect
 from steering.errors import CommandFailed, HairpinError
 from steering.model import Lane
@@ -23,13 +29,15 @@ PROC_SYS = Path("/proc/sys")
 @dataclass(frozen=True, slots=True)
 class QueueCounters:
     """One NFQUEUE as the kernel counts it. `dropped`: the queue was full; `user_dropped`: no answer
-    could be sent to the engine; `packets`: all that were queued since it was bound."""
+    could be sent to the engine; `packets`: all that were queued since it was bound. `listener` is the
+    netlink port that bound it: where that changes, the others began anew."""
 
     number: int
     waiting: int
     dropped: int
     user_dropped: int
     packets: int
+    listener: int = 0
 
 
 def parse_queue_counters(text: str) -> tuple[QueueCounters, ...]:
@@ -42,8 +50,10 @@ def parse_queue_counters(text: str) -> tuple[QueueCounters, ...]:
         columns = line.split()
         if len(columns) < 8 or not all(column.isdigit() for column in columns[:8]):
             continue
-        number, _, waiting, _, _, dropped, user_dropped, packets = map(int, columns[:8])
-        counters.append(QueueCounters(number, waiting, dropped, user_dropped, packets))
+        number, listener, waiting, _, _, dropped, user_dropped, packets = map(int, columns[:8])
+        counters.append(
+            QueueCounters(number, waiting, dropped, user_dropped, packets, listener=listener)
+        )
     return tuple(counters)
 
 
@@ -71,19 +81,51 @@ async def find_dialect(wanted: str = "auto") -> Dialect:
     return Dialect.NFTABLES if probe.status == 0 else Dialect.IPTABLES
 
 
+@dataclass(frozen=True, slots=True)
+class FrameSample:
+    """Every lane's frames, by its number, and the queues as they were then.
+
+    Counted from `since`, when the rules were written, to `at` (epoch); it was read within `took` seconds.
+    """
+
+    at: float
+    took: float
+    since: float
+    lanes: Mapping[int, FrameCounters]
+    queues: tuple[QueueCounters, ...]
+
+
 class Netfilter:
-    """The queue rules of all lanes, in one dialect."""
+    """The queue rules of all lanes, in one dialect. `frames` is what they had counted at the last look."""
 
     def __init__(self, dialect: Dialect, lanes: Sequence[Lane]) -> None:
         self.dialect = dialect
         self.lanes = tuple(lanes)
+        self.frames: FrameSample | None = None
+        self._since = 0.0
         self._listing: tuple[str, ...] | None = None
 
     async def find_faults(self) -> tuple[str, ...]:
-        """How the kernel differs from what was rendered; empty when it is right."""
+        """How the kernel differs from what was rendered; empty when it is right. Reads `frames`, too."""
         if self.dialect is Dialect.NFTABLES:
-            return await self._find_nftables_faults()
-        saved = await self._read_tables()
+            drift = await self._find_nftables_faults()
+            began = time.time()
+            queues = read_queue_counters()
+            listed = await run_async(queueing.NFT_COUNTERS, check=False)
+            if counted := parse_nftables_counters(self.lanes, listed.stdout):
+                self._keep_frames(began, counted, queues)
+            return drift
+        began = time.time()
+        queues = read_queue_counters()
+        # One process for both tables: what entered and what left are of the same millisecond.
+        both = queueing.split_tables((await run_async(queueing.EBTABLES_SAVE)).stdout)
+        entering, leaving = both.get("filter", ""), both.get("nat", "")
+        self._keep_frames(began, build_frame_counters(self.lanes, entering, leaving), queues)
+        saved = await self._read_tables(queueing.TABLES[2:])
+        saved |= {
+            kind.name: text
+            for kind, text in zip(queueing.TABLES, (entering, leaving), strict=False)
+        }
         faults = [
             f"{name.replace('/', '.')} is {present!r} instead of {wanted}"
             for name, wanted in queueing.SYSCTLS.items()
@@ -102,6 +144,7 @@ class Netfilter:
             for script in queueing.render_iptables(self.lanes, await self._read_tables()):
                 await run_async(script.argv, stdin=script.text)
             await self._write_sysctls()
+        self._since = time.time()
         if faults := await self.find_faults():
             raise HairpinError(
                 f"the queue rules read back other than they were written: {'; '.join(faults)}",
@@ -117,8 +160,16 @@ class Netfilter:
         for script in queueing.render_iptables_removal(await self._read_tables()):
             await run_async(script.argv, stdin=script.text)
 
-    async def _read_tables(self) -> dict[str, str]:
-        return {kind.name: (await run_async(kind.save)).stdout for kind in queueing.TABLES}
+    def _keep_frames(
+        self, began: float, counted: Mapping[int, FrameCounters], queues: tuple[QueueCounters, ...]
+    ) -> None:
+        now = time.time()
+        self.frames = FrameSample(now, now - began, self._since, counted, queues)
+
+    async def _read_tables(
+        self, tables: Sequence[queueing.TableKind] = queueing.TABLES
+    ) -> dict[str, str]:
+        return {kind.name: (await run_async(kind.save)).stdout for kind in tables}
 
     async def _write_sysctls(self) -> None:
         if not (PROC_SYS / "net/bridge").is_dir():

@@ -48,6 +48,48 @@ class QueueState(_Value):
     dropped: int
     user_dropped: int
     packets: int
+    listener: int = 0
+
+
+class EngineCounters(_Value):
+    """What one engine says it did, since `started`; asked for at `at` (both epoch), true some seconds ago.
+
+    `packets` were taken from the queue; each is one of `accepted`, `replaced` (both go on), `blocked` and
+    `rejected` (both end here). `drop_reasons`: the blocked ones by the engine's own words, where not 0.
+    """
+
+    pid: int
+    started: float
+    at: float
+    packets: int = 0
+    accepted: int = 0
+    blocked: int = 0
+    rejected: int = 0
+    replaced: int = 0
+    invalid: int = 0
+    queue_errors: int = 0
+    drop_reasons: dict[str, int] = {}
+
+
+class LaneCounters(_Value):
+    """Frames of a lane as its queue rules counted them, from `frames_since` to `frames_at` (epoch).
+
+    In: let go on to the queue; out: left by a leg after the engine's verdict; tagged ones are steered
+    packets, the others are the switch's BFD. Refused and unmarked: dropped by a rule. See `counting`.
+    `frames_queues` are the lane's queues as they were then; all was read within `frames_took` seconds.
+    """
+
+    frames_at: float | None = None
+    frames_since: float | None = None
+    frames_in_tagged: int = 0
+    frames_in_untagged: int = 0
+    frames_out_tagged: int = 0
+    frames_out_untagged: int = 0
+    frames_refused: int = 0
+    frames_unmarked: int = 0
+    frames_took: float = 0.0
+    frames_queues: tuple[QueueState, ...] = ()
+    engine: EngineCounters | None = None
 
 
 class LaneState(_Value):
@@ -66,6 +108,7 @@ class LaneState(_Value):
     rules_loaded: int = 0
     rules_failed: int = 0
     queues: tuple[QueueState, ...] = ()
+    counters: LaneCounters = LaneCounters()
     faults: tuple[Fault, ...] = ()
 
     @property

@@ -6,7 +6,10 @@ Pure. What is queued: IPv4 and IPv6 from one leg to the other, tagged with the l
 In the iptables dialect three mechanisms act together (ebtables, bridge-netfilter, iptables), and the
 absence of one must not open the lane: the chain that queues a packet marks it first with the lane's
 mark, and ebtables lets no frame leave by a leg without it. So with the iptables rules flushed, or
-bridge-netfilter switched off, the lane is closed.
+bridge-netfilter switched off, the lane is closed. Behind the queue stands a drop, which no packet
+that was queued comes to: with the queue's rule alone deleted, the lane is closed too.
+
+The rules count as they decide, tagged and plain frames apart, in and out (`counting`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from steering.model import Lane
 
 CHAIN = "hairpin"
 """Our chain in each table of the iptables dialect, and our table in the nftables dialect."""
+
+TAGGED = "802_1Q"
+"""How ebtables writes the protocol of a frame with a tag."""
 
 MARK_MASK = 0xFF00
 MARK_SHIFT = 8
@@ -65,7 +71,9 @@ class TableKind:
 
     @property
     def save(self) -> tuple[str, ...]:
-        return (f"{self.family}-save", "-t", self.table)
+        # ebtables' rules are also what counts a lane's frames.
+        counted = ("-c",) if self.family == "ebtables" else ()
+        return (f"{self.family}-save", "-t", self.table, *counted)
 
     @property
     def name(self) -> str:
@@ -79,6 +87,9 @@ TABLES = (
     TableKind("iptables", "mangle", ("FORWARD",), "-"),
     TableKind("ip6tables", "mangle", ("FORWARD",), "-"),
 )
+
+
+EBTABLES_SAVE = ("ebtables-save", "-c")
 
 
 def find_bridge_name(lane: Lane) -> str:
@@ -125,24 +136,17 @@ def render_rules(kind: TableKind, lanes: Sequence[Lane]) -> tuple[str, ...]:
     devices = _devices(lanes)
     if kind.table == "nat":
         return (
-            *(
-                f"-A {CHAIN} -o {device} --mark {find_mark(lane)} -j ACCEPT"
-                for lane in lanes
-                for device in _devices([lane])
-            ),
+            *(line for lane in lanes for line in render_leaving(lane)),
             *(f"-A {CHAIN} -o {device} -j DROP" for device in devices),
         )
-    accepted = tuple(
-        line for lane in lanes for way in _directions(lane) for line in _render_accepted(lane, *way)
-    )
     return (
-        *accepted,
+        *(line for lane in lanes for line in render_entering(lane)),
         *(f"-A {CHAIN} -i {device} -j DROP" for device in devices),
         *(f"-A {CHAIN} -o {device} -j DROP" for device in devices),
     )
 
 
-def _render_queueing(lane: Lane) -> tuple[str, str]:
+def _render_queueing(lane: Lane) -> tuple[str, ...]:
     bridge = find_bridge_name(lane)
     if len(lane.queues) == 1:
         target = f"--queue-num {lane.queues[0]}"
@@ -151,31 +155,71 @@ def _render_queueing(lane: Lane) -> tuple[str, str]:
     return (
         f"-A {CHAIN} -i {bridge} -j MARK --set-xmark {find_mark(lane)}",
         f"-A {CHAIN} -i {bridge} -j NFQUEUE {target}",
+        # What the engine lets pass goes on behind the chain; this is reached where nothing queues.
+        f"-A {CHAIN} -i {bridge} -j DROP",
     )
 
 
-def _render_accepted(lane: Lane, entry: str, leave: str) -> tuple[str, ...]:
-    way = f"-i {entry} -o {leave}"
+def render_entering(lane: Lane) -> tuple[str, ...]:
+    """The rules of ebtables filter that let a lane's frames go on to its queue."""
+    rules: list[str] = []
+    for entry, leave in _directions(lane):
+        way = f"-i {entry} -o {leave}"
+        rules += [
+            f"-A {CHAIN} -p IPv4 {way} -j ACCEPT",
+            f"-A {CHAIN} -p IPv6 {way} -j ACCEPT",
+            f"-A {CHAIN} -p {TAGGED} {way} --vlan-id {lane.vlan} --vlan-encap 0800 -j ACCEPT",
+            f"-A {CHAIN} -p {TAGGED} {way} --vlan-id {lane.vlan} --vlan-encap 86DD -j ACCEPT",
+        ]
+    return tuple(rules)
+
+
+def render_leaving(lane: Lane) -> tuple[str, ...]:
+    """The rules of ebtables nat that let out what was queued, tagged frames and plain ones apart."""
+    return tuple(
+        f"-A {CHAIN}{kind} -o {device} --mark {find_mark(lane)} -j ACCEPT"
+        for device in _devices([lane])
+        for kind in (f" -p {TAGGED}", "")
+    )
+
+
+def render_refusing(lane: Lane) -> tuple[str, ...]:
+    """The rules that drop a lane's frames: those not let in (filter), and those not let out (nat)."""
+    devices = _devices([lane])
     return (
-        f"-A {CHAIN} -p IPv4 {way} -j ACCEPT",
-        f"-A {CHAIN} -p IPv6 {way} -j ACCEPT",
-        f"-A {CHAIN} -p 802_1Q {way} --vlan-id {lane.vlan} --vlan-encap 0800 -j ACCEPT",
-        f"-A {CHAIN} -p 802_1Q {way} --vlan-id {lane.vlan} --vlan-encap 86DD -j ACCEPT",
+        *(f"-A {CHAIN} -i {device} -j DROP" for device in devices),
+        *(f"-A {CHAIN} -o {device} -j DROP" for device in devices),
     )
 
 
 def parse_jumps(saved: str) -> Mapping[str, int]:
     """How often each built-in chain jumps to ours, from what a `-save` printed."""
     jumps: dict[str, int] = {}
-    for line in saved.splitlines():
-        if found := re.fullmatch(rf"-A (\S+) -j {CHAIN}", line.strip()):
+    for line in _find_lines(saved):
+        if found := re.fullmatch(rf"-A (\S+) -j {CHAIN}", line):
             jumps[found[1]] = jumps.get(found[1], 0) + 1
     return jumps
 
 
 def parse_rules(saved: str) -> tuple[str, ...]:
     """Our chain's rules, from what a `-save` printed."""
-    return tuple(line.strip() for line in saved.splitlines() if line.startswith(f"-A {CHAIN} "))
+    return tuple(line for line in _find_lines(saved) if line.startswith(f"-A {CHAIN} "))
+
+
+def _find_lines(saved: str) -> list[str]:
+    """The lines of a `-save`, without the counters that `-c` puts before rules."""
+    return [re.sub(r"^\[\d+:\d+\] ", "", line.strip()) for line in saved.splitlines()]
+
+
+def split_tables(saved: str) -> Mapping[str, str]:
+    """What a `-save` of all tables printed, by table."""
+    tables: dict[str, list[str]] = {}
+    listed: list[str] = []
+    for line in saved.splitlines():
+        if line.startswith("*"):
+            listed = tables.setdefault(line[1:].strip(), [])
+        listed.append(line)
+    return {name: "\n".join(lines) for name, lines in tables.items()}
 
 
 def has_chain(saved: str) -> bool:
@@ -194,7 +238,7 @@ def find_table_faults(kind: TableKind, lanes: Sequence[Lane], saved: str) -> tup
         faults.append(f"{kind.name}: {len(foreign)} rules too many, the first `{foreign[0]}`")
     if not missing and not foreign and wanted != present:
         faults.append(f"{kind.name}: the rules are in another order")
-    lines = [line.strip() for line in saved.splitlines()]
+    lines = _find_lines(saved)
     for hook in kind.hooks:
         first = next((line for line in lines if line.startswith(f"-A {hook} ")), None)
         if first != f"-A {hook} -j {CHAIN}":
@@ -246,6 +290,17 @@ def render_iptables_removal(saved: Mapping[str, str]) -> tuple[Script, ...]:
 NFT_APPLY = ("nft", "-f", "-")
 NFT_CHECK = ("nft", "-c", "-f", "-")
 NFT_LIST = ("nft", "-s", "list", "table", "bridge", CHAIN)
+NFT_COUNTERS = ("nft", "-j", "list", "counters", "table", "bridge", CHAIN)
+COUNTED = ("in_tagged", "in_untagged", "out_tagged", "out_untagged", "refused")
+
+
+def find_counter_name(lane: Lane, what: str) -> str:
+    """The nftables counter of a lane; `what` is one of COUNTED."""
+    return f"{find_bridge_name(lane)}_{what}"
+
+
+def _count(lane: Lane, what: str) -> str:
+    return f'counter name "{find_counter_name(lane, what)}"'
 
 
 def render_nftables(lanes: Sequence[Lane]) -> str:
@@ -254,42 +309,57 @@ def render_nftables(lanes: Sequence[Lane]) -> str:
     Interfaces are matched by name, so the rules stand before the devices do.
     """
     _check(lanes)
-    devices = ", ".join(f'"{device}"' for device in _devices(lanes))
+    devices = _quote(_devices(lanes))
     lines = [
         # Declaring before deleting makes the deletion succeed whether the table was there or not.
         f"table bridge {CHAIN} {{ }}",
         f"delete table bridge {CHAIN}",
         f"table bridge {CHAIN} {{",
+        *(f"\tcounter {find_counter_name(lane, what)} {{ }}" for lane in lanes for what in COUNTED),
     ]
     for lane in lanes:
         first, last = lane.queues[0], lane.queues[-1]
         queue = f"queue num {first}" if first == last else f"queue num {first}-{last}"
+        plain, tagged = _count(lane, "in_untagged"), _count(lane, "in_tagged")
         lines += [
             f"\tchain {find_bridge_name(lane)} {{",
-            f"\t\tether type {{ ip, ip6 }} {queue}",
-            f"\t\tether type 8021q vlan id {lane.vlan} vlan type {{ ip, ip6 }} {queue}",
-            "\t\tdrop",
+            f"\t\tether type {{ ip, ip6 }} {plain} {queue}",
+            f"\t\tether type 8021q vlan id {lane.vlan} vlan type {{ ip, ip6 }} {tagged} {queue}",
+            f"\t\t{_count(lane, 'refused')} drop",
             "\t}",
         ]
     lines += ["\tchain forward {", "\t\ttype filter hook forward priority -200; policy accept;"]
     for lane in lanes:
         for entry, leave in _directions(lane):
             lines.append(f'\t\tiifname "{entry}" oifname "{leave}" goto {find_bridge_name(lane)}')
+    for lane in lanes:
+        lines.append(f"\t\tiifname {_quote(_devices([lane]))} {_count(lane, 'refused')} drop")
     lines += [
-        f"\t\tiifname {{ {devices} }} drop",
-        f"\t\toifname {{ {devices} }} drop",
+        f"\t\toifname {devices} drop",
         "\t}",
         "\tchain input {",
         "\t\ttype filter hook input priority -200; policy accept;",
-        f"\t\tiifname {{ {devices} }} drop",
+        f"\t\tiifname {devices} drop",
         "\t}",
         "\tchain output {",
         "\t\ttype filter hook output priority -200; policy accept;",
-        f"\t\toifname {{ {devices} }} drop",
+        f"\t\toifname {devices} drop",
         "\t}",
-        "}",
+        "\tchain leaving {",
+        "\t\ttype filter hook postrouting priority 300; policy accept;",
     ]
-    return "\n".join(lines) + "\n"
+    for lane in lanes:
+        legs = _quote(_devices([lane]))
+        lines += [
+            f"\t\toifname {legs} ether type 8021q {_count(lane, 'out_tagged')} accept",
+            f"\t\toifname {legs} {_count(lane, 'out_untagged')} accept",
+        ]
+    return "\n".join([*lines, "\t}", "}"]) + "\n"
+
+
+def _quote(devices: Iterable[str]) -> str:
+    listed = ", ".join(f'"{device}"' for device in devices)
+    return f"{{ {listed} }}"
 
 
 def render_nftables_removal() -> str:
@@ -308,7 +378,7 @@ def count_nftables_rules(text: str) -> int:
     return sum(
         1
         for line in text.splitlines()
-        if re.search(r"(\bdrop|\bqueue (num|to|flags)\b.*|\bgoto \S+)$", line.strip())
+        if re.search(r"(\bdrop|\baccept|\bqueue (num|to|flags)\b.*|\bgoto \S+)$", line.strip())
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from appliance.inspection.publish import EngineCounters
 from steering.errors import HairpinError
 
 PROTOCOL_VERSION = "0.2"
@@ -72,6 +73,25 @@ class _ReloadTime(BaseModel):
     last_reload: str
 
 
+class _Ips(BaseModel):
+    accepted: int = 0
+    blocked: int = 0
+    rejected: int = 0
+    replaced: int = 0
+    drop_reason: dict[str, int] = {}
+
+
+class _Decoder(BaseModel):
+    pkts: int = 0
+    invalid: int = 0
+
+
+class _Counters(BaseModel):
+    ips: _Ips
+    decoder: _Decoder
+
+
+_COUNTERS = TypeAdapter(_Counters)
 _STATS = TypeAdapter(list[_Stats])
 _FAILED = TypeAdapter(list[_Failed])
 _RELOAD_TIMES = TypeAdapter(list[_ReloadTime])
@@ -120,6 +140,24 @@ def parse_failed_rules(message: object) -> tuple[FailedRule, ...]:
 def parse_reload_time(message: object) -> str:
     times = _understand(_RELOAD_TIMES, message, "ruleset-reload-time")
     return ",".join(time.last_reload for time in times)
+
+
+def parse_counters(message: object, pid: int, started: float, now: float) -> EngineCounters:
+    """What `dump-counters` tells of packets; `pid` and `started` are the engine's, `now` the epoch."""
+    seen = _understand(_COUNTERS, message, "dump-counters")
+    return EngineCounters(
+        pid=pid,
+        started=started,
+        at=now,
+        packets=seen.decoder.pkts,
+        accepted=seen.ips.accepted,
+        blocked=seen.ips.blocked,
+        rejected=seen.ips.rejected,
+        replaced=seen.ips.replaced,
+        invalid=seen.decoder.invalid,
+        queue_errors=seen.ips.drop_reason.get("nfq_error", 0),
+        drop_reasons={reason: count for reason, count in seen.ips.drop_reason.items() if count},
+    )
 
 
 def check_reload(

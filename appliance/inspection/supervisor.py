@@ -10,24 +10,36 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from appliance.inspection import config as engine_config
 from appliance.inspection import engine, files, heartbeat
+from appliance.inspection.counters import build_lane_counters, build_queue_states
 from appliance.inspection.faults import FaultBook
-from appliance.inspection.netfilter import QueueCounters
+from appliance.inspection.netfilter import FrameSample, QueueCounters
 from appliance.inspection.process import (
     EngineProcess,
     adopt_engine,
     start_engine,
     write_record,
 )
-from appliance.inspection.publish import EngineState, LaneState, QueueState, write_atomically
-from appliance.inspection.socket import EngineRefused, EngineSilent, EngineSocket
+from appliance.inspection.publish import (
+    EngineCounters,
+    EngineState,
+    LaneState,
+    write_atomically,
+)
+from appliance.inspection.rulesets import Ruleset, Rulesets
+from appliance.inspection.socket import (
+    EngineRefused,
+    EngineSilent,
+    EngineSocket,
+    parse_counters,
+)
 from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.model import Lane
@@ -38,10 +50,6 @@ START_LIMIT = 300.0
 TEST_LIMIT = 300.0
 STOP_GRACE = 8.0
 BEAT = 1.0
-EMPTY_BEATS = 3
-"""Beats in a row with no rule loaded before the engine is taken for one that inspects nothing."""
-
-Fingerprint = tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,6 @@ class LanePaths:
     log: Path
     eve: Path
     socket: Path
-    ruleset: Path
     record: Path
 
 
@@ -66,7 +73,6 @@ def find_lane_paths(settings: Settings, lane: Lane) -> LanePaths:
         log=directory / "engine.log",
         eve=settings.eve_file(lane).absolute(),
         socket=settings.engine_socket(lane).absolute(),
-        ruleset=settings.ruleset(lane).absolute(),
         record=settings.run_dir.absolute() / "inspect" / f"{lane.name}.json",
     )
 
@@ -96,16 +102,22 @@ class LaneSupervisor:
         self._restarts = 0
         self._exits: list[float] = []
         self._rules = (0, 0)
-        self._empty_beats = 0
-        self._tested: tuple[str, Fingerprint] | None = None
+        self._rulesets = Rulesets(settings.rules_dir, lane.profile)
+        self._ruleset: Ruleset | None = None
+        self._short = 0
+        self._unloaded = False
+        self._tested = ""
         self._digest = ""
         self._matcher_fault: str | None = None
         self._refused = ""
-        self._judged: Fingerprint = None
+        self._judged: tuple[object, ...] = ()
         self._log_start = 0
+        self._counters: EngineCounters | None = None
 
-    def build_state(self, now: float, counters: dict[int, QueueCounters]) -> LaneState:
-        """`now` is the epoch, `counters` the kernel's queues by number."""
+    def build_state(
+        self, now: float, counters: Sequence[QueueCounters], frames: FrameSample | None
+    ) -> LaneState:
+        """`now` is the epoch, `counters` the kernel's queues, `frames` what rules counted."""
         record = None if self._engine is None else self._engine.record
         return LaneState(
             number=self.lane.number,
@@ -119,17 +131,8 @@ class LaneSupervisor:
             hyperscan=self.facts.hyperscan and self._matcher_fault is None,
             rules_loaded=self._rules[0],
             rules_failed=self._rules[1],
-            queues=tuple(
-                QueueState(
-                    number=seen.number,
-                    waiting=seen.waiting,
-                    dropped=seen.dropped,
-                    user_dropped=seen.user_dropped,
-                    packets=seen.packets,
-                )
-                for number in self.lane.queues
-                if (seen := counters.get(number)) is not None
-            ),
+            queues=build_queue_states(self.lane, counters),
+            counters=build_lane_counters(self.lane, frames, self._counters),
             faults=self.faults.build(now),
         )
 
@@ -146,7 +149,7 @@ class LaneSupervisor:
                     self._note("engine", fault.reason, fault.mend)
                 else:
                     self._note("engine", str(fault), f"see {self.paths.log}")
-                self._tested = None
+                self._tested = ""
                 self._exits = [*self._exits[-20:], time.monotonic()]
                 await self._drop_engine()
                 self._change(EngineState.FAILED)
@@ -172,26 +175,41 @@ class LaneSupervisor:
         self._write_config()
         if self._adopt():
             return
-        self._judged = fingerprint = files.read_fingerprint(self.paths.ruleset)
-        if fingerprint is None:
+        present = self._rulesets.read_fingerprints()
+        refused = self._ruleset if self._ruleset and present == self._judged else None
+        self._judged = present
+        found = await asyncio.to_thread(
+            self._rulesets.find_whole, refused.revision if refused and self._unloaded else ""
+        )
+        if isinstance(found, str):
             self._change(EngineState.NO_RULES)
-            self._note(
-                "rules",
-                f"no ruleset at {self.paths.ruleset}",
-                "run `hairpin rules update`; the lane is closed until then",
-            )
+            mend = "run `hairpin rules update`; the lane is closed until then"
+            self._note("rules", found, mend)
             return
-        if self._tested is None or self._tested[0] != self._digest:
+        self._take_ruleset(found)
+        if self._tested != self._digest or not found.wanted:
             self._change(EngineState.STARTING)
-            await self._test(fingerprint)
-        await self._start()
+            await self._test()
+        await self._start(found)
 
-    def _write_config(self) -> None:
+    def _take_ruleset(self, found: Ruleset) -> None:
+        """Have the next engine load this one."""
+        self._ruleset = found
+        self._short = 0
+        # Until it is seen to load.
+        self._unloaded = True
+        self._write_config(found.path)
+        if found.fault:
+            self._note("ruleset", found.fault, "run `hairpin rules update`")
+        else:
+            self.faults.mend("ruleset", time.time())
+
+    def _write_config(self, ruleset: Path | None = None) -> None:
+        """`ruleset`: another one than the one in force, for a start; what a reload reads is put back."""
         files.write_lane_directory(self.paths.directory, self.owner)
         self.paths.record.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        text = engine_config.render_engine_config(
-            engine_config.build_engine_config(self.settings, self.lane)
-        )
+        config = engine_config.build_engine_config(self.settings, self.lane)
+        text = engine_config.render_engine_config(config)
         argv = engine.render_start(
             self.settings.inspection.suricata,
             self.settings.inspection.user,
@@ -200,10 +218,12 @@ class LaneSupervisor:
         )
         whole = "\0".join((text, *argv, self.facts.text))
         self._digest = hashlib.sha256(whole.encode()).hexdigest()
+        if ruleset is not None and ruleset != config.ruleset:
+            text = engine_config.render_engine_config(replace(config, ruleset=ruleset))
         write_atomically(self.paths.config, text, 0o644)
 
     def _adopt(self) -> bool:
-        if self._tested is not None:
+        if self._tested:
             return False
         found = adopt_engine(
             self.paths.record, self.settings.inspection.suricata, self.paths.config
@@ -212,11 +232,11 @@ class LaneSupervisor:
             return False
         self._engine = found
         self.log.info("engine adopted", pid=found.pid)
-        self._tested = (found.record.config, files.read_fingerprint(self.paths.ruleset))
+        self._tested = found.record.config
         self._change(EngineState.STARTING)
         return True
 
-    async def _test(self, fingerprint: Fingerprint) -> None:
+    async def _test(self) -> None:
         """`suricata -T` on configuration and rules. Raises HairpinError when they won't do."""
         ended = await run_async(
             engine.render_test(
@@ -235,9 +255,9 @@ class LaneSupervisor:
                 f"{report.rules_loaded} rules): {report.complaint}",
                 f"mend the ruleset, or see `suricata -T -c {self.paths.config}`",
             )
-        self._tested = (self._digest, fingerprint)
+        self._tested = self._digest
 
-    async def _start(self) -> None:
+    async def _start(self, ruleset: Ruleset) -> None:
         self._change(EngineState.STARTING)
         # A socket left by a killed engine would answer for the new one: with a refusal.
         self.paths.socket.unlink(missing_ok=True)
@@ -262,6 +282,32 @@ class LaneSupervisor:
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._engine.gone.wait(), 0.05)
+        await self._check_start(ruleset)
+
+    async def _check_start(self, ruleset: Ruleset) -> None:
+        """Whether the engine runs the ruleset that was verified, all of it. Raises HairpinError."""
+        stats = await self._socket.read_ruleset_stats(limit=START_LIMIT)
+        self._short = max(0, ruleset.wanted - stats.rules_loaded)
+        if stats.rules_loaded == 0 or (
+            self._short and not await asyncio.to_thread(self._rulesets.is_whole, ruleset)
+        ):
+            raise HairpinError(
+                f"the engine loaded {stats.rules_loaded} of {ruleset.wanted} rules of {ruleset.path}",
+                "it was stopped; run `hairpin rules update`",
+            )
+        self._unloaded = False
+        # A later reload, by the management service, reads what is in force then.
+        self._write_config()
+        if self._short:
+            # The file is whole, so it is this engine that can't: better those rules than none.
+            self._note(
+                "short",
+                f"the engine loads {stats.rules_loaded} of the {ruleset.wanted} rules that its "
+                f"ruleset {ruleset.revision} had in the trial",
+                "run `hairpin rules update`: it names the rules that fail",
+            )
+        else:
+            self.faults.mend("short", time.time())
 
     async def _answers(self) -> bool:
         try:
@@ -279,7 +325,6 @@ class LaneSupervisor:
     ) -> None:
         """Until the engine is gone, hung, or must be replaced."""
         beats: tuple[heartbeat.Beat, ...] = ()
-        self._empty_beats = 0
         while not process.gone.is_set():
             beats = heartbeat.prune_beats(
                 (*beats, await self._take_beat(process, read_counters())), time.monotonic()
@@ -287,16 +332,8 @@ class LaneSupervisor:
             if reason := heartbeat.find_hang(beats):
                 await self._replace_hung(process, reason)
                 return
-            if self._empty_beats >= EMPTY_BEATS:
-                await self._drop_engine()
-                self._tested = None
-                self._judged = files.read_fingerprint(self.paths.ruleset)
-                self._change(EngineState.NO_RULES)
-                self._note(
-                    "rules",
-                    "the engine had loaded no rule, so it was stopped",
-                    "publish a ruleset that loads; the lane is closed until then",
-                )
+            if beats[-1].answered and self._state is EngineState.RUNNING and self._is_below_floor():
+                await self._replace_emptied(process)
                 return
             if beats[-1].answered and await self._is_outdated(process):
                 self.log.info("configuration changed, engine replaced", pid=process.pid)
@@ -312,7 +349,7 @@ class LaneSupervisor:
         if process.record.config == self._digest or self._refused == self._digest:
             return False
         try:
-            await self._test(files.read_fingerprint(self.paths.ruleset))
+            await self._test()
         except HairpinError as fault:
             # An engine that inspects by the old configuration is worth more than none.
             self._refused = self._digest
@@ -333,18 +370,34 @@ class LaneSupervisor:
         else:
             self.faults.mend("answer", time.time())
             self._take_stats(stats.rules_loaded, stats.rules_failed)
+            await self._read_counters(process)
         sight = process.read_sight()
         return heartbeat.Beat(
             at=time.monotonic(),
             answered=answered,
             waiting=sum(seen.waiting for seen in counters if seen.number in self.lane.queues),
             cpu=0.0 if sight is None else sight.cpu,
+            queued=sum(
+                seen.packets + seen.dropped for seen in counters if seen.number in self.lane.queues
+            ),
+            taken=None
+            if self._counters is None or self._counters.pid != process.pid
+            else self._counters.packets,
         )
+
+    async def _read_counters(self, process: EngineProcess) -> None:
+        # An engine has none in its first seconds, and refuses.
+        with contextlib.suppress(EngineRefused, EngineSilent):
+            self._counters = parse_counters(
+                await self._socket.read_counters(),
+                process.pid,
+                process.record.started,
+                time.time(),
+            )
 
     def _take_stats(self, loaded: int, failed: int) -> None:
         changed = (loaded, failed) != self._rules
         self._rules = (loaded, failed)
-        self._empty_beats = self._empty_beats + 1 if loaded == 0 else 0
         if loaded and self._state is not EngineState.RUNNING:
             self._matcher_fault = engine.find_matcher_fault(
                 files.read_log(self.paths.log, self._log_start)
@@ -354,7 +407,7 @@ class LaneSupervisor:
                     f"the engine runs without Hyperscan: {self._matcher_fault}",
                     "give the VM a CPU model with SSSE3, or unset requireHyperscan",
                 )
-            for kind in ("rules", "engine", "hung"):
+            for kind in ("rules", "engine", "hung", "emptied"):
                 self.faults.mend(kind, time.time())
             self._change(EngineState.RUNNING)
             self.log.info("engine runs", pid=self._engine and self._engine.pid, rules=loaded)
@@ -383,6 +436,10 @@ class LaneSupervisor:
         else:
             self.faults.mend("rotation", time.time())
 
+    def _is_below_floor(self) -> bool:
+        """Whether the engine has fewer rules than any ruleset that may be in force gives it."""
+        return self._rules[0] < max(1, self._rulesets.find_floor() - self._short)
+
     # --- ending ------------------------------------------------------------------------------------
 
     async def _replace_hung(self, process: EngineProcess, reason: str) -> None:
@@ -391,6 +448,21 @@ class LaneSupervisor:
         self.log.warning("engine hung", pid=process.pid, reason=reason)
         await process.kill()
         self._count_restart()
+
+    async def _replace_emptied(self, process: EngineProcess) -> None:
+        """Somebody made it load another file. At once: until then traffic passes by too few rules."""
+        self._change(EngineState.FAILED)
+        floor = self._rulesets.find_floor() - self._short
+        self._note(
+            "emptied",
+            f"the engine had {self._rules[0]} rules loaded instead of {floor} or more",
+            "it was killed and is started on a ruleset that is whole; who reloaded it?",
+        )
+        self.log.warning("engine below the floor", pid=process.pid, rules=self._rules[0])
+        await process.kill()
+        self._count_restart()
+        # It did not fail by itself: the next one need not wait.
+        self._exits = []
 
     def _note_exit(self, process: EngineProcess) -> None:
         end = files.read_log(self.paths.log, self._log_start)[-2000:].strip().splitlines()
@@ -424,10 +496,8 @@ class LaneSupervisor:
         await asyncio.sleep(delay)
 
     async def _wait_for_other_rules(self) -> None:
-        while True:
-            present = files.read_fingerprint(self.paths.ruleset)
-            if present is not None and present != self._judged:
-                return
+        # A directory of another user's, on any file system: looked at, not watched.
+        while self._rulesets.read_fingerprints() == self._judged:  # noqa: ASYNC110
             await asyncio.sleep(0.25)
 
     def _note(self, kind: str, reason: str, mend: str) -> None:

@@ -6,6 +6,7 @@ No switch: the clients are wired straight to the legs, and frames with tags are 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pwd
@@ -22,9 +23,11 @@ import pytest
 from scapy.layers.inet import ICMP, IP
 from scapy.layers.l2 import ARP, LLC, Dot1AD, Dot1Q, Ether
 
+from appliance.inspection.counting import parse_nftables_counters
 from appliance.inspection.publish import EngineState, read_inspection_state
-from appliance.inspection.queueing import render_nftables
+from appliance.inspection.queueing import NFT_COUNTERS, render_nftables
 from appliance.inspection.socket import check_reload, reload_rules
+from steering.errors import HairpinError
 from steering.run import run
 from tests.support.inspection_lane import (
     HOST,
@@ -71,7 +74,7 @@ def test_without_rules_no_engine_starts_and_nothing_is_forwarded(lane_lab):
 
 
 def test_the_engine_starts_when_its_ruleset_appears(lane_lab):
-    lane_lab.write_rules(RULES)
+    lane_lab.write_rules(RULES, loaded=2)
     lane = lane_lab.running()
     assert (lane.rules_loaded, lane.rules_failed, lane.hyperscan) == (2, 0, True)
     assert lane.queues[0].number == 7
@@ -283,33 +286,89 @@ def test_a_bridge_that_somebody_removes_comes_back(lane_lab):
 def test_a_live_reload_is_believed_only_when_it_worked(lane_lab):
     lane_lab.running()
     path = lane_lab.settings.engine_socket(lane_lab.settings.build_lanes()[0])
-    lane_lab.write_rules(
-        RULES + RULES.replace("sid:1;", "sid:3;").replace("sid:2;", "sid:4;"), "v2"
-    )
+    lane_lab.write_rules(RULES + RULES.replace("sid:1;", "sid:3;").replace("sid:2;", "sid:4;"))
     report = asyncio.run(reload_rules(path))
     assert check_reload(report, floor=4) == ()
     assert report.rules_loaded == 4
-    lane_lab.write_rules(RULES + "drop tcp any any -> any any (sid:9; nosuchkeyword;)\n", "v3")
+    lane_lab.write_rules(RULES + "drop tcp any any -> any any (sid:9; nosuchkeyword;)\n")
     broken = asyncio.run(reload_rules(path))
     assert check_reload(broken, floor=2) == ("1 rules failed that loaded before (sid 9)",)
     assert check_reload(broken, floor=2, known_failed={9}) == ()
-    lane_lab.write_rules(RULES, "v4")
+    lane_lab.write_rules(RULES, loaded=2)
     assert check_reload(asyncio.run(reload_rules(path)), floor=2) == ()
     assert get(connect(), "/") == 200
 
 
-@pytest.mark.slow
-def test_an_engine_without_rules_is_stopped_and_starts_with_the_next_ruleset(lane_lab):
-    lane_lab.running()
+def reload(lane_lab):
     path = lane_lab.settings.engine_socket(lane_lab.settings.build_lanes()[0])
-    lane_lab.write_rules("# nothing\n", "empty")
-    report = asyncio.run(reload_rules(path))
-    assert check_reload(report, floor=1) == ("0 rules loaded, fewer than the floor of 1",)
-    lane_lab.wait_state(EngineState.NO_RULES)
-    assert pings() == 0
-    lane_lab.write_rules(RULES, "v5")
+    return asyncio.run(reload_rules(path))
+
+
+def blocks() -> bool:
+    """Whether the lane passes what is benign and nothing that is not."""
+    with contextlib.suppress(OSError):
+        return get(connect(), "/") == 200 and get(connect(), "/?file=/etc/passwd") is None
+    return False
+
+
+@pytest.mark.parametrize("harm", ["empty", "truncated", "comments", "missing"])
+def test_an_engine_that_loaded_a_bad_file_is_started_on_a_whole_one(lane_lab, harm):
+    lane_lab.write_rules(RULES.splitlines(True)[0], loaded=1)
+    broken = lane_lab.write_rules(RULES, loaded=2)
+    before = lane_lab.running()
+    assert reload(lane_lab).rules_loaded == 2
+    if harm == "missing":
+        broken.unlink()
+    else:
+        broken.write_text({"empty": "", "truncated": RULES[:90], "comments": "# x\n"}[harm])
+    began = time.monotonic()
+    # Killed so soon that whoever asked for the reload may not hear how it went.
+    with contextlib.suppress(HairpinError):
+        reload(lane_lab)
+    after = lane_lab.wait_state(EngineState.RUNNING, other_than=before.pid, seconds=6)
+    assert time.monotonic() - began < 5
+    # The good one before it, since the one in force is damaged; and both things are told.
+    assert after.rules_loaded == 1
+    told = [fault.reason for fault in after.faults]
+    assert any("had 0 rules loaded instead of 1 or more" in reason for reason in told)
+    assert any(reason.endswith("the one before it is inspected by") for reason in told), told
+    assert wait_for(blocks, 5)
+    # The next start finds the same, whoever killed it.
+    os.kill(after.pid, signal.SIGKILL)
+    again = lane_lab.wait_state(EngineState.RUNNING, other_than=after.pid, seconds=6)
+    assert again.rules_loaded == 1
+    # Mended, it is what a reload loads: the fallback is not for ever.
+    broken.write_text(RULES)
+    assert reload(lane_lab).rules_loaded == 2
+    assert lane_lab.wait_state(EngineState.RUNNING).pid == again.pid
+
+
+def test_no_whole_ruleset_is_no_engine(lane_lab):
     lane_lab.running()
-    assert pings() == 3
+    store = lane_lab.settings.rules_dir / "prevent"
+    saved = {path: path.read_text() for path in store.glob("*/suricata.rules")}
+    for path in saved:
+        path.write_text("alert tcp any any -> any any (sid:7;)\n")
+    os.kill(lane_lab.lane().pid, signal.SIGKILL)
+    lane = lane_lab.wait_state(EngineState.NO_RULES)
+    assert any("was changed or torn" in fault.reason for fault in lane.faults)
+    assert pings() == 0
+    for path, text in saved.items():
+        path.write_text(text)
+    lane_lab.running()
+    assert wait_for(lambda: pings() == 3)
+
+
+def test_a_ruleset_that_the_engine_loads_a_part_of_is_inspected_by_and_told(lane_lab):
+    lane_lab.write_rules(RULES + "\n", loaded=3)
+    before = lane_lab.running()
+    os.kill(before.pid, signal.SIGKILL)
+    lane = lane_lab.wait_state(EngineState.RUNNING, other_than=before.pid)
+    assert lane.rules_loaded == 2
+    assert any("loads 2 of the 3 rules" in fault.reason for fault in lane.faults)
+    time.sleep(2.5)
+    assert lane_lab.running().pid == lane.pid
+    lane_lab.write_rules(RULES, loaded=2)
 
 
 def test_a_large_eve_file_is_rotated_and_the_next_event_is_in_the_new_one(lane_lab):
@@ -378,6 +437,23 @@ def test_an_end_in_order_stops_the_engine_and_leaves_the_lane_closed(lane_lab):
     assert not crosses(ARP(pdst="10.97.0.2"))
 
 
+def test_one_rule_deleted_by_hand_opens_nothing(lane_lab):
+    lane_lab.running()
+    assert wait_for(lambda: crosses(*V4))
+    for table, rule in (
+        ("mangle", ["-i", "lane1", "-j", "NFQUEUE", "--queue-num", "7"]),
+        ("mangle", ["-i", "lane1", "-j", "MARK", "--set-xmark", "0x100/0xff00"]),
+    ):
+        # Right after a look, so that the next one is 2 s away.
+        looked = lane_lab.lane().counters.frames_at
+        wait_for(lambda seen=looked: lane_lab.lane().counters.frames_at != seen)
+        chain = ["ip", "netns", "exec", HOST, "iptables", "-t", table]
+        run([*chain, "-D", "hairpin", *rule])
+        assert not crosses(*V4), rule
+        assert " ".join(rule) not in run([*chain, "-S", "hairpin"]).stdout
+        assert wait_for(lambda: crosses(*V4), 5), rule
+
+
 def test_the_nftables_dialect_is_understood_by_this_nft(lane_lab):
     """This kernel may lack nft_queue, so the queueing itself is replaced; the rest is loaded for real."""
     text = render_nftables(lane_lab.settings.build_lanes())
@@ -389,5 +465,13 @@ def test_the_nftables_dialect_is_understood_by_this_nft(lane_lab):
     run([*in_host, "nft", "-f", "-"], stdin=loadable)
     run([*in_host, "nft", "-f", "-"], stdin=loadable)
     listed = run([*in_host, "nft", "list", "table", "bridge", "hairpin_trial"]).stdout
-    assert f"vlan id {VLAN} vlan type {{ ip, ip6 }} accept" in listed
-    assert listed.count(" drop") == 4
+    counted = 'counter name "lane1_in_tagged" accept'
+    assert f"vlan id {VLAN} vlan type {{ ip, ip6 }} {counted}" in listed
+    lane_lab.running()
+    crossed = wait_for(lambda: crosses(Dot1Q(vlan=VLAN), *V4))
+    shown = run([*in_host, *NFT_COUNTERS[:-1], "hairpin_trial"]).stdout
+    frames = parse_nftables_counters(lane_lab.settings.build_lanes(), shown)[1]
+    assert crossed
+    assert frames.in_tagged >= frames.out_tagged >= 1
+    run([*in_host, "nft", "delete", "table", "bridge", "hairpin_trial"])
+    assert listed.count(" drop") == 5

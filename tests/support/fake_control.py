@@ -15,15 +15,25 @@ import yaml
 from pydantic import ValidationError
 
 from appliance.api.control import AlertBatch, IfMatch, NotFound, PolicyRevision, check_match
+from appliance.api.coverage import (
+    Canary,
+    CanaryPage,
+    CanaryProof,
+    Coverage,
+    CoverageGap,
+    CoverageHistory,
+    CoverageMoment,
+    CoveragePart,
+    CoverageSummary,
+    LaneProof,
+    LaneProofs,
+    PairCoverage,
+)
 from appliance.api.documents import (
     Alert,
     AlertDetail,
     AlertPage,
     ComponentHealth,
-    Coverage,
-    CoverageGap,
-    CoveragePart,
-    CoverageSummary,
     Endpoint,
     Event,
     EventPage,
@@ -41,7 +51,6 @@ from appliance.api.documents import (
     LaneHealth,
     LaneRules,
     PairChange,
-    PairCoverage,
     PlanChange,
     PlanReport,
     PlanSummary,
@@ -64,10 +73,12 @@ from appliance.api.problems import find_faults
 from appliance.api.queries import (
     AlertFilter,
     AlertQuery,
+    CanaryQuery,
     CoverageQuery,
     EventQuery,
     ExplainQuery,
     FlowQuery,
+    HistoryQuery,
     RuleQuery,
 )
 from steering.errors import FieldError, WrongInput
@@ -266,6 +277,26 @@ class FakeControl:
                 and query.vm in (None, pair.source.name, pair.destination.name)
             ),
         )
+
+    async def read_coverage_history(self, query: HistoryQuery) -> CoverageHistory:
+        moment = CoverageMoment(
+            at=START, revision=1, cause="policy", pairs=2, inspected_percent=50.0, partial_percent=0.0,
+            direct_percent=0.0, denied_percent=0.0, blind_percent=50.0, lanes_proved=1, lanes=1,
+        )  # fmt: skip
+        return CoverageHistory(items=(moment,))
+
+    async def find_canaries(self, query: CanaryQuery) -> CanaryPage:
+        canary = Canary(
+            id=1, at=START, lane="prevent", cause="schedule", result="passed", seconds=0.4
+        )
+        return CanaryPage(items=(canary,) if query.lane in (None, "prevent") else ())
+
+    async def prove_lanes(self) -> LaneProofs:
+        lane = LaneProof(lane="prevent", inspecting=True, canary=CanaryProof(at=START, passed=True))
+        return LaneProofs(lanes=(lane,))
+
+    async def render_metrics(self) -> bytes:
+        return b"# TYPE hairpin_up gauge\nhairpin_up 1.0\n"
 
     async def explain(self, query: ExplainQuery) -> Explanation:
         self._check()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from pydantic import TypeAdapter
 from pyroute2 import netns
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
@@ -31,7 +32,10 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Raw
 
 from appliance.inspection.publish import EngineState, LaneState, read_inspection_state
+from appliance.rules.model import RevisionReport
+from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore, build_revision, write_file
 from appliance.settings import Settings, parse_settings
+from steering.model import Profile
 from steering.run import run
 
 T = TypeVar("T")
@@ -140,16 +144,27 @@ class LaneLab:
             self.settings.inspection_state.unlink(missing_ok=True)
             self.start()
         if not self.settings.ruleset(self.settings.build_lanes()[0]).exists():
-            self.write_rules(RULES)
+            self.write_rules(RULES, loaded=2)
         return self.wait_state(EngineState.RUNNING)
 
-    def write_rules(self, text: str, version: str = "v1") -> None:
-        lane_rules = self.settings.rules_dir / "prevent"
-        (lane_rules / version).mkdir(parents=True, exist_ok=True)
-        (lane_rules / version / "suricata.rules").write_text(text)
-        scratch = lane_rules / "next"
-        scratch.symlink_to(version)
-        scratch.rename(lane_rules / "current")
+    def write_rules(self, text: str, loaded: int | None = None) -> Path:
+        """Put a ruleset in force as the management service does; the one before is the last good one.
+
+        `loaded`: how many rules its trial is said to have loaded; None: there is no report.
+        """
+        store, profile = RuleStore(self.settings.rules_dir), Profile.PREVENT
+        revision = build_revision(text.encode())
+        directory = store.profile_dir(profile) / revision
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "suricata.rules").write_text(text)
+        if loaded is not None:
+            report = RevisionReport(profile, revision, 0.0, "", loaded, 0, 0, (), (), 0, {})
+            write_file(directory / "report.json", TypeAdapter(RevisionReport).dump_json(report))
+        former = store.find_linked(profile, CURRENT)
+        if former not in (None, revision):
+            store.write_link(profile, LAST_GOOD, former)
+        store.write_link(profile, CURRENT, revision)
+        return directory / "suricata.rules"
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         eve = self.settings.eve_file(self.settings.build_lanes()[0])

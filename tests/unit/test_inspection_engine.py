@@ -112,7 +112,7 @@ def test_events_go_to_one_regular_file_with_what_an_alert_needs():
     eve = output["eve-log"]
     assert (eve["filetype"], eve["filename"], eve["community-id"]) == ("regular", "eve.json", True)
     kinds = {name: options for entry in eve["types"] for name, options in entry.items()}
-    assert set(kinds) == {"alert", "drop", "stats"}
+    assert set(kinds) == {"alert", "drop"}
     alert = kinds["alert"]
     assert alert["verdict"] is alert["payload"] is alert["packet"] is True
     assert alert["metadata"]["rule"]["metadata"] is True

@@ -59,9 +59,13 @@ EBTABLES_NAT = """\
 *nat
 :hairpin RETURN
 -I POSTROUTING 1 -j hairpin
+-A hairpin -p 802_1Q -o eth1 --mark 0x100/0xff00 -j ACCEPT
 -A hairpin -o eth1 --mark 0x100/0xff00 -j ACCEPT
+-A hairpin -p 802_1Q -o eth2 --mark 0x100/0xff00 -j ACCEPT
 -A hairpin -o eth2 --mark 0x100/0xff00 -j ACCEPT
+-A hairpin -p 802_1Q -o eth3 --mark 0x200/0xff00 -j ACCEPT
 -A hairpin -o eth3 --mark 0x200/0xff00 -j ACCEPT
+-A hairpin -p 802_1Q -o eth4 --mark 0x200/0xff00 -j ACCEPT
 -A hairpin -o eth4 --mark 0x200/0xff00 -j ACCEPT
 -A hairpin -o eth1 -j DROP
 -A hairpin -o eth2 -j DROP
@@ -76,8 +80,10 @@ IPTABLES_MANGLE = """\
 -I FORWARD 1 -j hairpin
 -A hairpin -i lane1 -j MARK --set-xmark 0x100/0xff00
 -A hairpin -i lane1 -j NFQUEUE --queue-num 0
+-A hairpin -i lane1 -j DROP
 -A hairpin -i lane2 -j MARK --set-xmark 0x200/0xff00
 -A hairpin -i lane2 -j NFQUEUE --queue-balance 4:6
+-A hairpin -i lane2 -j DROP
 COMMIT
 """
 
@@ -85,15 +91,25 @@ NFTABLES = """\
 table bridge hairpin { }
 delete table bridge hairpin
 table bridge hairpin {
+	counter lane1_in_tagged { }
+	counter lane1_in_untagged { }
+	counter lane1_out_tagged { }
+	counter lane1_out_untagged { }
+	counter lane1_refused { }
+	counter lane2_in_tagged { }
+	counter lane2_in_untagged { }
+	counter lane2_out_tagged { }
+	counter lane2_out_untagged { }
+	counter lane2_refused { }
 	chain lane1 {
-		ether type { ip, ip6 } queue num 0
-		ether type 8021q vlan id 100 vlan type { ip, ip6 } queue num 0
-		drop
+		ether type { ip, ip6 } counter name "lane1_in_untagged" queue num 0
+		ether type 8021q vlan id 100 vlan type { ip, ip6 } counter name "lane1_in_tagged" queue num 0
+		counter name "lane1_refused" drop
 	}
 	chain lane2 {
-		ether type { ip, ip6 } queue num 4-6
-		ether type 8021q vlan id 101 vlan type { ip, ip6 } queue num 4-6
-		drop
+		ether type { ip, ip6 } counter name "lane2_in_untagged" queue num 4-6
+		ether type 8021q vlan id 101 vlan type { ip, ip6 } counter name "lane2_in_tagged" queue num 4-6
+		counter name "lane2_refused" drop
 	}
 	chain forward {
 		type filter hook forward priority -200; policy accept;
@@ -101,7 +117,8 @@ table bridge hairpin {
 		iifname "eth2" oifname "eth1" goto lane1
 		iifname "eth3" oifname "eth4" goto lane2
 		iifname "eth4" oifname "eth3" goto lane2
-		iifname { "eth1", "eth2", "eth3", "eth4" } drop
+		iifname { "eth1", "eth2" } counter name "lane1_refused" drop
+		iifname { "eth3", "eth4" } counter name "lane2_refused" drop
 		oifname { "eth1", "eth2", "eth3", "eth4" } drop
 	}
 	chain input {
@@ -111,6 +128,13 @@ table bridge hairpin {
 	chain output {
 		type filter hook output priority -200; policy accept;
 		oifname { "eth1", "eth2", "eth3", "eth4" } drop
+	}
+	chain leaving {
+		type filter hook postrouting priority 300; policy accept;
+		oifname { "eth1", "eth2" } ether type 8021q counter name "lane1_out_tagged" accept
+		oifname { "eth1", "eth2" } counter name "lane1_out_untagged" accept
+		oifname { "eth3", "eth4" } ether type 8021q counter name "lane2_out_tagged" accept
+		oifname { "eth3", "eth4" } counter name "lane2_out_untagged" accept
 	}
 }
 """
@@ -178,9 +202,19 @@ def test_a_table_that_holds_our_chain_already_is_replaced_and_what_is_foreign_st
 -I FORWARD 1 -j hairpin
 -A hairpin -i lane1 -j MARK --set-xmark 0x100/0xff00
 -A hairpin -i lane1 -j NFQUEUE --queue-num 0
+-A hairpin -i lane1 -j DROP
 COMMIT
 """
     )
+
+
+def test_nothing_leaves_the_chain_that_queues_but_through_the_queue():
+    for lane in (PREVENT, DETECT):
+        for gone in ("MARK", "NFQUEUE", "DROP"):
+            left = [r.split(" -j ")[1].split()[0] for r in render_rules(TABLES[2], [lane])]
+            left.remove(gone)
+            # No mark: dropped on leaving. No queue: dropped behind it. No drop: still queued.
+            assert left in (["NFQUEUE", "DROP"], ["MARK", "DROP"], ["MARK", "NFQUEUE"])
 
 
 def test_removal_names_only_what_is_there():
@@ -244,7 +278,8 @@ def test_no_rule_lets_a_frame_from_one_lane_to_another(lanes):
         if line.endswith("ACCEPT"):
             words = line.split()
             assert (words[words.index("-i") + 1], words[words.index("-o") + 1]) in pairs
-    marks = [line.split()[5] for line in render_rules(TABLES[1], lanes) if "--mark" in line]
+    leaving = [line.split() for line in render_rules(TABLES[1], lanes) if "--mark" in line]
+    marks = [words[words.index("--mark") + 1] for words in leaving]
     assert len(set(marks)) == len(lanes)
 
 
@@ -252,7 +287,7 @@ def test_no_rule_lets_a_frame_from_one_lane_to_another(lanes):
 def test_rules_are_counted_alike_in_any_listing(lanes):
     rendered = render_nftables(lanes)
     listed = rendered.replace("queue num", "queue to").replace("ether type 8021q ", "")
-    assert count_nftables_rules(rendered) == 5 * len(lanes) + 4 == count_nftables_rules(listed)
+    assert count_nftables_rules(rendered) == 8 * len(lanes) + 3 == count_nftables_rules(listed)
 
 
 def test_queue_counters():
@@ -260,6 +295,6 @@ def test_queue_counters():
         "    0   7797     1 2 65531     3     4  7340265  1\nnonsense\n   4 1 0 2 65531 0 0 9 1\n"
     )
     assert parse_queue_counters(text) == (
-        QueueCounters(0, waiting=1, dropped=3, user_dropped=4, packets=7340265),
-        QueueCounters(4, waiting=0, dropped=0, user_dropped=0, packets=9),
+        QueueCounters(0, waiting=1, dropped=3, user_dropped=4, packets=7340265, listener=7797),
+        QueueCounters(4, waiting=0, dropped=0, user_dropped=0, packets=9, listener=1),
     )
