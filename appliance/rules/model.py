@@ -114,7 +114,7 @@ class RevisionReport:
     """`report.json` of a revision. ``left_out`` holds at most LEFT_OUT_LIMIT of ``left_out_count``.
 
     ``keys`` is source name -> keys of its rules in the ruleset. ``skipped`` rules are those whose
-    ``requires`` this Suricata does not meet.
+    ``requires`` this Suricata does not meet. ``loaded`` counts the canary's rule too, ``drops`` does not.
     """
 
     profile: Profile

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from appliance.rules.canary import CANARY_KEY, find_token, seal_rules
 from appliance.rules.check import SourceRules, finish_rules
 from appliance.rules.command import Updater, find_updater, find_version
 from appliance.rules.merge import build_changed, build_keys, find_missing
@@ -86,6 +87,8 @@ class RulePipeline:
         self._store = RuleStore(settings.rules_dir)
         self._profiles = tuple(dict.fromkeys(lane.profile for lane in settings.lanes))
         self._found: dict[tuple[Profile, str], tuple[RuleInfo, ...]] = {}
+        self._tokens: dict[str, str | None] = {}
+        self._whole: dict[Profile, tuple[str, int, int, int, int]] = {}
 
     # Changing
 
@@ -120,37 +123,76 @@ class RulePipeline:
                 seconds=time.monotonic() - started,
             )
 
-    async def ensure(self) -> None:
+    async def ensure(self) -> tuple[Profile, ...]:
         """Leave every profile with an intact ruleset, from what is on this machine.
 
-        A profile without one gets the last good one or else the starter rules (the sources where
-        there are to be no starter rules), whatever the floor: that is for updates. Raises as `update`.
+        Gives the profiles whose ruleset had been damaged.
+
+        One that was damaged is put back from its copy, else the last good one; a profile without any
+        gets the starter rules, or where those are too few or not wanted, what the sources give. None
+        comes into force below the floor. Raises as `update`.
         """
         if all(self._is_in_force(profile) for profile in self._profiles):
-            return
+            return ()
+        damaged = []
         with self._store.lock() as staging:
             wanted = []
             for profile in self._profiles:
                 if self._is_in_force(profile):
                     continue
+                if (revision := self._store.find_linked(profile, CURRENT)) is not None:
+                    damaged.append(profile)
+                    if self._store.restore_copy(profile, revision):
+                        log.warning("ruleset damaged, put back from its copy", profile=profile)
+                        continue
                 former = self._store.find_linked(profile, LAST_GOOD)
-                if self._store.is_intact(profile, former):
+                if former is not None and self._is_good(profile, former):
                     log.warning("ruleset damaged, last good one put back", profile=profile)
                     self._store.write_link(profile, CURRENT, former)
                 else:
                     wanted.append(profile)
-            if not wanted:
-                return
-            updater = await self._find_updater()
-            if self._settings.rules.starter:
-                gathered: Gathered = (read_starter(self._engine_data),)
-            else:
-                gathered = await self._gather(updater, staging, lambda _: None)
-            for one in await self._build_all(updater, gathered, staging, lambda _: None, 1, wanted):
-                await self._put_in_force(one, None, lambda _: None)
+            if wanted:
+                for one in await self._build_first(staging, wanted):
+                    await self._put_in_force(one, None, lambda _: None)
+        return tuple(damaged)
+
+    async def _build_first(self, staging: Path, wanted: Sequence[Profile]) -> list[_Built]:
+        updater = await self._find_updater()
+        floor = self._settings.rules.floor
+        if self._settings.rules.starter:
+            starter: Gathered = (read_starter(self._engine_data),)
+            enough = len(starter[0][0].enabled) >= floor
+            if enough or not self._settings.rules.sources:
+                return await self._build_all(
+                    updater, starter, staging, lambda _: None, floor, wanted
+                )
+        gathered = await self._gather(updater, staging, lambda _: None)
+        return await self._build_all(updater, gathered, staging, lambda _: None, floor, wanted)
+
+    def _is_good(self, profile: Profile, revision: str) -> bool:
+        """Intact, if need be from its copy, and not below the floor."""
+        if not self._store.is_intact(profile, revision) and not self._store.restore_copy(
+            profile, revision
+        ):
+            return False
+        report = self._store.read_report(profile, revision)
+        return report is not None and report.loaded > self._settings.rules.floor
 
     def _is_in_force(self, profile: Profile) -> bool:
-        return self._store.is_intact(profile, self._store.find_linked(profile, CURRENT))
+        """Read anew only when the file was touched: it is asked every two seconds."""
+        revision = self._store.find_linked(profile, CURRENT)
+        if revision is None:
+            return False
+        try:
+            found = self._store.rules_file(profile, revision).stat()
+        except OSError:
+            return False
+        mark = (revision, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if self._whole.get(profile) != mark:
+            if not self._store.is_intact(profile, revision):
+                return False
+            self._whole[profile] = mark
+        return True
 
     async def _find_updater(self) -> Updater:
         version = await find_version(self._suricata)
@@ -168,20 +210,20 @@ class RulePipeline:
 
     async def _gather(self, updater: Updater, staging: Path, progress: Progress) -> Gathered:
         gathered: list[tuple[SourceRules, SourceReport]] = []
-        if self._settings.rules.starter:
-            gathered.append(await asyncio.to_thread(read_starter, self._engine_data))
+        starter, sources = self._settings.rules.starter, self._settings.rules.sources
+        if not starter and not sources:
+            raise RulesError(
+                "there is no source of rules", "name one in rules.sources, or set rules.starter"
+            )
+        gathered.append(await asyncio.to_thread(read_starter, self._engine_data, wanted=starter))
         cache = SourceCache(self._store.root / "sources", updater, self._clock)
-        for number, source in enumerate(self._settings.rules.sources):
+        for number, source in enumerate(sources):
             progress(f"reading source {source.name}")
             rules, report = await cache.read(source, staging / f"fetch-{number}")
             if report.stale:
                 progress(f"source {source.name} is stale: {report.fault}")
                 log.warning("rule source is stale", source=source.name, fault=report.fault)
             gathered.append((rules, report))
-        if not gathered:
-            raise RulesError(
-                "there is no source of rules", "name one in rules.sources, or set rules.starter"
-            )
         return tuple(gathered)
 
     async def _build_all(
@@ -258,7 +300,7 @@ class RulePipeline:
         left_out = [one for source in sources for one in source.left_out]
         left_out += [*missing, *spoiled, *inherited, *refused]
         left_out.sort(key=lambda one: (one.source, one.sid or 0, one.reason))
-        text = render_rules(loadable)
+        text = seal_rules(render_rules(loadable))
         before = await asyncio.to_thread(self._read_current, profile)
         return _Built(
             report=RevisionReport(
@@ -266,7 +308,7 @@ class RulePipeline:
                 revision=build_revision(text.encode()),
                 created=self._clock(),
                 sha256=hashlib.sha256(text.encode()).hexdigest(),
-                loaded=trial.loaded,
+                loaded=trial.loaded + 1,  # the canary's
                 skipped=trial.skipped,
                 drops=sum(rule.action == "drop" for rule in loadable),
                 sources=tuple(report for _, report in gathered),
@@ -285,7 +327,11 @@ class RulePipeline:
             return {}
         lines = self._store.read_rules(profile, str(revision)).splitlines()
         rules = (parse_rule(line) for line in lines)
-        return {rule.key: rule.text for rule in rules if isinstance(rule, Rule)}
+        return {
+            rule.key: rule.text
+            for rule in rules
+            if isinstance(rule, Rule) and rule.key != CANARY_KEY
+        }
 
     async def _put_in_force(
         self, built: _Built, reload: Reload | None, progress: Progress
@@ -392,6 +438,18 @@ class RulePipeline:
             )
         return RulesState(tuple(states), attempt)
 
+    def find_token(self, profile: Profile) -> str | None:
+        """What the canary's rule of the ruleset in force carries; None without one. Raises RulesError."""
+        revision = self._store.find_linked(profile, CURRENT)
+        if revision is None:
+            return None
+        if revision not in self._tokens:
+            self._tokens = {
+                revision: find_token(self._store.read_rules(profile, revision)),
+                **self._tokens,
+            }
+        return self._tokens[revision]
+
     def find_rules(
         self,
         profile: Profile,
@@ -439,7 +497,7 @@ class RulePipeline:
             infos = tuple(
                 build_info(rule, owners.get(rule.key, ""))
                 for rule in rules
-                if isinstance(rule, Rule)
+                if isinstance(rule, Rule) and rule.key != CANARY_KEY
             )
             self._found = {key: one for key, one in self._found.items() if key[0] != profile}
             self._found[profile, revision] = infos

@@ -58,12 +58,20 @@ def _read_file_source(url: str) -> bytes:
     return data
 
 
-def read_starter(engine_data: Path) -> tuple[SourceRules, SourceReport]:
-    """The starter rules. Raises RulesError: they are part of the program, and all of them must pass."""
+WIRE = "hairpin-wire.rules"
+"""Of the starter rules, those without which packets that the engine can't read would pass unread."""
+
+
+def read_starter(engine_data: Path, *, wanted: bool = True) -> tuple[SourceRules, SourceReport]:
+    """The starter rules; where they are not ``wanted``, those of `WIRE` alone.
+
+    Raises RulesError: they are part of the program, and all of them must pass.
+    """
     directory = engine_data / "rules"
+    pattern = "*.rules" if wanted else WIRE
     try:
-        files = [(path.name, path.read_bytes()) for path in sorted(directory.glob("*.rules"))]
-        newest = max((path.stat().st_mtime for path in directory.glob("*.rules")), default=0.0)
+        files = [(path.name, path.read_bytes()) for path in sorted(directory.glob(pattern))]
+        newest = max((path.stat().st_mtime for path in directory.glob(pattern)), default=0.0)
     except OSError as fault:
         raise RulesError(
             f"{directory}: {fault.strerror}", "install the engine data again"

@@ -5,6 +5,7 @@
     rules_dir/state.json                 how the last update ended
     rules_dir/sources/                   the last good copy of each source
     rules_dir/<profile>/<revision>/      suricata.rules, report.json
+    rules_dir/<profile>/.copies/         each revision once more, to put back what was damaged
     rules_dir/<profile>/current          -> <revision>, replaced in one rename
     rules_dir/<profile>/last-good        -> the revision before it
 
@@ -29,6 +30,7 @@ from steering.model import Profile
 
 CURRENT = "current"
 LAST_GOOD = "last-good"
+COPIES = ".copies"
 KEPT = 5
 _RULES_LIMIT = 512 * 2**20
 _REPORT_LIMIT = 64 * 2**20
@@ -152,6 +154,7 @@ class RuleStore:
         target = directory / report.revision
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o755)
+        self._write_copy(report, rules)
         if self.is_intact(report.profile, report.revision):
             write_file(target / "report.json", _REPORT.dump_json(report))
             return
@@ -163,6 +166,37 @@ class RuleStore:
         write_file(fresh / "report.json", _REPORT.dump_json(report))
         fresh.rename(target)
         _sync_directory(directory)
+
+    def _write_copy(self, report: RevisionReport, rules: bytes) -> None:
+        directory = self.profile_dir(report.profile) / COPIES / report.revision
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / "suricata.rules", rules)
+        write_file(directory / "report.json", _REPORT.dump_json(report))
+
+    def find_copy(self, profile: Profile, revision: str) -> Path | None:
+        """The file of a revision's copy, if it is what its name says."""
+        path = self.profile_dir(profile) / COPIES / revision / "suricata.rules"
+        try:
+            whole = build_revision(read_bounded(path, _RULES_LIMIT)) == revision
+        except (OSError, RulesError):
+            return None
+        return path if whole else None
+
+    def restore_copy(self, profile: Profile, revision: str) -> bool:
+        """Put a damaged revision back from the copy that is kept of each; False where that is no good."""
+        copy = self.profile_dir(profile) / COPIES / revision
+        target = self.profile_dir(profile) / revision
+        try:
+            rules = read_bounded(copy / "suricata.rules", _RULES_LIMIT)
+            report = read_bounded(copy / "report.json", _REPORT_LIMIT)
+            if build_revision(rules) != revision:
+                return False
+            target.mkdir(mode=0o755, exist_ok=True)
+            write_file(target / "report.json", report)
+            write_file(target / "suricata.rules", rules)
+        except (OSError, RulesError):
+            return False
+        return True
 
     def write_link(self, profile: Profile, link: str, revision: str | None) -> None:
         """Point a link at a revision in one step; None removes it."""
@@ -187,6 +221,7 @@ class RuleStore:
         others = sorted((item for item in found if item[1].name not in linked), reverse=True)
         for _, path in others[kept:]:
             shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path.parent / COPIES / path.name, ignore_errors=True)
 
     def read_attempt(self) -> Attempt | None:
         try:

@@ -45,7 +45,8 @@ from tests.support.rule_pipelines import (
 
 pytestmark = pytest.mark.lab
 
-STARTERS = 17
+STARTERS = 42
+LOADED = STARTERS + 1  # and the canary's own
 
 
 def quiet(_: str) -> None:
@@ -65,19 +66,17 @@ def find_left_out(report: UpdateReport) -> dict[int | None, LeftOut]:
 
 
 async def test_the_first_start_needs_nothing_but_the_starter_rules(tmp_path: Path) -> None:
-    pipeline = build_pipeline(tmp_path, floor=1000)
+    pipeline = build_pipeline(tmp_path)
     started = time.monotonic()
     await pipeline.ensure()
     assert time.monotonic() - started < 3
-    assert [line.split()[0] for line in read_ruleset(tmp_path, Profile.PREVENT)] == [
-        "drop"
-    ] * STARTERS
-    assert [line.split()[0] for line in read_ruleset(tmp_path, Profile.DETECT)] == [
-        "alert"
-    ] * STARTERS
+    actions = [line.split()[0] for line in read_ruleset(tmp_path, Profile.PREVENT)]
+    assert actions == ["drop"] * LOADED
+    actions = [line.split()[0] for line in read_ruleset(tmp_path, Profile.DETECT)]
+    assert actions == ["alert"] * STARTERS + ["drop"]
     prevent, detect = pipeline.read_state().profiles
     assert prevent.report is not None
-    assert (prevent.report.loaded, prevent.report.drops) == (STARTERS, STARTERS)
+    assert (prevent.report.loaded, prevent.report.drops) == (LOADED, STARTERS)
     assert detect.report is not None
     assert detect.report.drops == 0
     assert set(detect.report.keys) == {STARTER}
@@ -114,7 +113,7 @@ async def test_a_feed_beside_the_starter_rules(tmp_path: Path) -> None:
     assert len(actions) == 9
     assert {info.action for info in pipeline.find_rules(Profile.DETECT)} == {"alert"}
     prevent, detect = report.profiles
-    assert (prevent.loaded, prevent.drops, prevent.left_out) == (STARTERS + 9, STARTERS + 2, ())
+    assert (prevent.loaded, prevent.drops, prevent.left_out) == (LOADED + 9, STARTERS + 2, ())
     assert (prevent.changed.added, prevent.changed.removed) == (STARTERS + 9, 0)
     assert detect.drops == 0
     assert any("testing" in one for one in told)
@@ -213,7 +212,7 @@ async def test_rules_that_do_not_load_are_named_and_the_rest_loads(tmp_path: Pat
     assert left_out[4].reason.startswith("Suricata: ")
     assert "variable" in left_out[5].reason
     assert [info.msg for info in pipeline.find_rules(Profile.DETECT, sid=6)] == ["new"]
-    assert [one.loaded for one in report.profiles] == [STARTERS + 2] * 2
+    assert [one.loaded for one in report.profiles] == [LOADED + 2] * 2
 
 
 async def test_the_same_sources_give_the_same_revision(tmp_path: Path) -> None:
@@ -227,7 +226,7 @@ async def test_the_same_sources_give_the_same_revision(tmp_path: Path) -> None:
 
     first = await pipeline.update(quiet, reload)
     second = await pipeline.update(quiet, reload)
-    assert asked == [f"prevent {STARTERS + 39}", f"detect {STARTERS + 39}"]
+    assert asked == [f"prevent {LOADED + 39}", f"detect {LOADED + 39}"]
     assert [one.revision for one in first.profiles] == [one.revision for one in second.profiles]
     assert not any(one.changed.any for one in second.profiles)
     shuffled = write_feed(tmp_path / "feed.tar.gz", *(rule(sid) for sid in range(39, 0, -1)))
@@ -252,7 +251,7 @@ async def test_the_former_ruleset_comes_back_when_the_engine_refuses(tmp_path: P
     report = await pipeline.update(quiet, reload)
     assert not report.ok
     assert [one.in_force for one in report.profiles] == [False, True]
-    assert asked == [("prevent", STARTERS + 1), ("prevent", STARTERS), ("detect", STARTERS + 1)]
+    assert asked == [("prevent", LOADED + 1), ("prevent", LOADED), ("detect", LOADED + 1)]
     assert read_link(tmp_path, Profile.PREVENT) == good
     state = pipeline.read_state()
     refused = state.profiles[0].refused
@@ -440,7 +439,7 @@ async def test_an_index_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SOURCE_INDEX_URL", path.as_uri())
     report = await build_pipeline(tmp_path, sources=[{"name": "vendor/rules"}]).update(quiet)
     assert (report.sources[1].name, report.sources[1].rules) == ("vendor/rules", 1)
-    assert report.profiles[0].loaded == STARTERS + 1
+    assert report.profiles[0].loaded == LOADED + 1
     for name in ("vendor/missing", "vendor/paid", "vendor/old"):
         with pytest.raises(SourceUnavailable, match=name):
             await build_pipeline(tmp_path, sources=[{"name": name}]).update(quiet)
@@ -498,22 +497,64 @@ async def test_a_killed_update_leaves_the_ruleset_and_no_rubbish(tmp_path: Path)
     assert not list(root.rglob("*.new"))
 
 
-async def test_a_damaged_ruleset_gives_way_to_the_last_good_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "other"])
+async def test_a_damaged_ruleset_is_put_back_from_its_copy(tmp_path: Path, damage: str) -> None:
+    feed = write_feed(tmp_path / "feed.tar.gz", rule(1))
+    pipeline = build_pipeline(tmp_path, sources=[source("feed", feed)])
+    await pipeline.update(quiet)
+    assert await pipeline.ensure() == ()
+    revision = read_link(tmp_path, Profile.PREVENT)
+    rules = tmp_path / "rules/prevent/current/suricata.rules"
+    whole = rules.read_text()
+    match damage:
+        case "cut":
+            rules.write_text(whole[:-50])
+        case "empty":
+            rules.write_text("")
+        case "missing":
+            rules.unlink()
+        case "other":
+            rules.write_text("alert ip any any -> any any (sid:1;)\n")
+    assert await pipeline.ensure() == (Profile.PREVENT,)
+    assert rules.read_text() == whole
+    assert read_link(tmp_path, Profile.PREVENT) == revision
+
+
+async def test_without_a_copy_a_damaged_ruleset_gives_way_to_the_last_good_one(
+    tmp_path: Path,
+) -> None:
     await build_pipeline(tmp_path).ensure()
     good = read_link(tmp_path, Profile.PREVENT)
     feed = write_feed(tmp_path / "feed.tar.gz", rule(1))
     pipeline = build_pipeline(tmp_path, sources=[source("feed", feed)])
     await pipeline.update(quiet)
-    rules = tmp_path / "rules/prevent/current/suricata.rules"
-    rules.write_text(rules.read_text()[:-50])
-    await pipeline.ensure()
-    assert read_link(tmp_path, Profile.PREVENT) == good
-    rules.write_text("")
-    (tmp_path / "rules/prevent/last-good").unlink()
+    damage_all(tmp_path)
+    assert read_link(tmp_path, Profile.PREVENT) != good
     with pytest.raises(RulesError):
         pipeline.find_rules(Profile.PREVENT)
     await pipeline.ensure()
-    assert len(read_ruleset(tmp_path, Profile.PREVENT)) == STARTERS
+    assert read_link(tmp_path, Profile.PREVENT) == good
+    damage_all(tmp_path)
+    (tmp_path / "rules/prevent/last-good").unlink(missing_ok=True)
+    await pipeline.ensure()
+    assert len(read_ruleset(tmp_path, Profile.PREVENT)) == LOADED
+
+
+def damage_all(directory: Path) -> None:
+    """The ruleset in force and its copy."""
+    revision = read_link(directory, Profile.PREVENT)
+    for place in (".", ".copies"):
+        (directory / "rules/prevent" / place / str(revision) / "suricata.rules").write_text("")
+
+
+async def test_nothing_below_the_floor_comes_into_force(tmp_path: Path) -> None:
+    with pytest.raises(RulesetRefused, match=f"{STARTERS} rules, fewer than the floor of 1000"):
+        await build_pipeline(tmp_path, floor=1000).ensure()
+    assert not (tmp_path / "rules/prevent/current").exists()
+    feed = write_feed(tmp_path / "feed.tar.gz", *(rule(sid) for sid in range(1, 10)))
+    pipeline = build_pipeline(tmp_path, floor=STARTERS + 5, sources=[source("feed", feed)])
+    await pipeline.ensure()
+    assert len(read_ruleset(tmp_path, Profile.PREVENT)) == LOADED + 9
 
 
 async def test_old_revisions_are_removed_and_those_in_use_kept(tmp_path: Path) -> None:
@@ -523,7 +564,10 @@ async def test_old_revisions_are_removed_and_those_in_use_kept(tmp_path: Path) -
         pipeline = build_pipeline(tmp_path, sources=[source("feed", feed)])
         await pipeline.update(quiet)
     kept = {path.name for path in (tmp_path / "rules/prevent").iterdir() if not path.is_symlink()}
+    copies = {path.name for path in (tmp_path / "rules/prevent/.copies").iterdir()}
+    kept.remove(".copies")
     assert len(kept) == 5
+    assert copies == kept
     assert {read_link(tmp_path, Profile.PREVENT, link) for link in ("current", "last-good")} <= kept
 
 

@@ -69,7 +69,9 @@ def test_no_rule_fires_on_a_near_miss(alerts: Alerts, name: str, family: str) ->
 
 
 def test_every_starter_rule_has_an_exploit() -> None:
-    text = "".join(path.read_text() for path in (ENGINE_DATA / "rules").glob("*.rules"))
+    files = (ENGINE_DATA / "rules").glob("*.rules")
+    # Those are tried with frames that slip past: test_evasions.
+    text = "".join(path.read_text() for path in files if path.name != "hairpin-wire.rules")
     assert [sid for sid in EXPLOITS if f"sid:{sid};" in text] == list(EXPLOITS)
     assert text.count("; sid:") == len(EXPLOITS)
 

@@ -216,6 +216,11 @@ def test_every_starter_rule_is_complete_and_documented() -> None:
     for parsed, info in zip(rules, infos, strict=True):
         header = parsed.text.partition("(")[0]
         assert header == f"alert {parsed.protocol} any any -> any any ", info.sid
+        if (
+            info.classtype == "protocol-command-decode"
+        ):  # hairpin-wire: no exploit, but no packet either
+            assert info.sid in range(4850800, 4850900)
+            continue
         assert info.cves, info.sid
         assert info.products, info.sid
         assert info.classtype == "attempted-admin" or info.classtype == "web-application-attack"
