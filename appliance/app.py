@@ -5,25 +5,32 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from appliance.alerts.history import (
-    end_event,
-    end_holdings,
     load_holdings,
     record_event,
-    record_holding,
 )
 from appliance.alerts.ingest import Ingest
-from appliance.alerts.store import Store, StoreError
+from appliance.alerts.store import Store
 from appliance.api.auth import ensure_token
 from appliance.api.server import open_server
+from appliance.assurance.accounts import BalanceWatch
+from appliance.assurance.canary import CanaryWatch, Sources
+from appliance.assurance.disk import DiskWatch
+from appliance.assurance.failures import FailureWatch
+from appliance.assurance.ledger import LedgerWatch
+from appliance.assurance.revive import ReviveWatch
 from appliance.export.exporter import Exporter
+from appliance.inspection import canary_client
 from appliance.inspection.config import build_engine_config, render_engine_config
 from appliance.inspection.publish import InspectionState, read_inspection_state
+from appliance.management.coverage import Watches
+from appliance.management.events import EventKeeper
 from appliance.management.flows import FlowIngest
 from appliance.management.knowledge import Knowledge
 from appliance.management.rulework import RuleWork
@@ -33,16 +40,10 @@ from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
 from steering.decide import decide
 from steering.errors import HairpinError
-from steering.events import (
-    AddressSeen,
-    DriftMended,
-    LaneChanged,
-    PortsChanged,
-    SteeringEvent,
-    SwitchChanged,
-)
 from steering.model import Profile
+from steering.prove import Prover
 from steering.reconcile import Reconciler
+from steering.revive import Reviver
 from steering.tasks import cancel_all
 
 log = structlog.get_logger("serve")
@@ -91,6 +92,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         openflow=settings.switch.openflow,
         bridge=settings.switch.bridge,
         lanes=lanes,
+        canary=settings.canary.interface,
         on_event=keeper.take,
     )
     in_force = await load_in_force(store)
@@ -114,7 +116,12 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         lambda profile: write_trial_config(settings, profile),
         settings.inspection.suricata,
     )
-    rules = RuleWork(settings, pipeline, read_inspection, record)
+    # The watches prove what the management says, and the management tells what they prove.
+    watches = _build_watches(
+        settings, store, reconciler, pipeline, read_inspection, lambda: management
+    )
+    rules = RuleWork(settings, pipeline, read_inspection, record, watches.canary)
+    watches.canary.mend_rules = rules.reload_lane
     exporters = [Exporter(one, store, settings.name, ingest.wait_newer) for one in settings.export]
     management = Management(
         settings,
@@ -127,18 +134,34 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         rules=rules,
         in_force=in_force,
         read_inspection=read_inspection,
+        watches=watches,
     )
-    keeper.on_ports = management.note_machines
+    keeper.on_ports, keeper.on_change = management.note_machines, management.prove
+    keeper.failures = watches.failures
     await reconciler.start(in_force.policies)
     management.note_machines()
-    tasks = [
-        asyncio.create_task(keeper.run(), name="events"),
-        asyncio.create_task(ingest.run(), name="ingest"),
-        asyncio.create_task(flows.run(), name="flow records"),
-        asyncio.create_task(management.watch_accounting(), name="accounting"),
-        asyncio.create_task(_ensure_rules(pipeline, record), name="rules"),
-        *(asyncio.create_task(one.run(), name="export") for one in exporters),
-    ]
+    revival = ReviveWatch(
+        lanes,
+        settings.engine_socket,
+        reconciler.is_down,
+        read_inspection,
+        Reviver(settings.switch.ovsdb).revive,
+    )
+    parts: dict[str, Coroutine[Any, Any, None]] = {
+        "events": keeper.run(),
+        "ingest": ingest.run(),
+        "flow records": flows.run(),
+        "accounting": management.watch_accounting(),
+        "rules": rules.keep(),
+        "canary": watches.canary.run(),
+        "failures": watches.failures.run(),
+        "ledger": watches.ledger.run(),
+        "balance": watches.balance.run(),
+        "disk": watches.disk.run(),
+        "revival": revival.run(),
+    }
+    tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+    tasks += [asyncio.create_task(one.run(), name="export") for one in exporters]
     try:
         async with open_server(management, settings.api, token) as url:
             log.info("serving", url=url, revision=in_force.number)
@@ -147,6 +170,58 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         await rules.close()
         await cancel_all(tasks)
         await reconciler.close()
+
+
+def _build_watches(
+    settings: Settings,
+    store: Store,
+    reconciler: Reconciler,
+    pipeline: RulePipeline,
+    read_inspection: Callable[[], InspectionState | None],
+    find_management: Callable[[], Management],
+) -> Watches:
+    sources = Sources(
+        read_inspection=read_inspection,
+        is_forwarding=reconciler.is_forwarding,
+        read_counters=reconciler.read_counters,
+        find_token=lambda lane: pipeline.find_token(lane.profile),
+        eve_file=settings.eve_file,
+    )
+    vswitchd = settings.switch.vswitchd
+    return Watches(
+        canary=CanaryWatch(
+            settings.build_lanes(),
+            settings.canary_socket if settings.canary.interface else None,
+            store,
+            sources,
+            canary_client.probe,
+            every_seconds=settings.canary.every_seconds,
+        ),
+        failures=FailureWatch(
+            store,
+            reconciler.read_counters,
+            lambda lane: find_management().find_concerned(lane),
+        ),
+        ledger=LedgerWatch(
+            Prover(vswitchd, settings.switch.openflow) if vswitchd else None,
+            lambda: find_management().read_inputs(),
+            store,
+            lambda run: find_management().coverage.keep_moment(run),
+        ),
+        disk=DiskWatch(
+            {
+                "the store": settings.state_dir,
+                **{
+                    f"EVE of lane {lane.name}": settings.lane_dir(lane)
+                    for lane in settings.build_lanes()
+                },
+            },
+            store,
+        ),
+        balance=BalanceWatch(
+            settings.build_lanes(), store, reconciler.read_counters, read_inspection
+        ),
+    )
 
 
 async def _wait(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
@@ -165,106 +240,3 @@ async def _wait(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
                     )
     finally:
         waiting.cancel()
-
-
-async def _ensure_rules(
-    pipeline: RulePipeline, record: Callable[[str, str, str], Awaitable[None]]
-) -> None:
-    """A ruleset for every profile, from what is on this machine, so that engines can start."""
-    while True:
-        try:
-            await pipeline.ensure()
-            return
-        except HairpinError as fault:
-            log.error("no ruleset", reason=fault.reason, mend=fault.mend)
-            await record("rules.failed", "error", f"no ruleset could be made: {fault.reason}")
-            await asyncio.sleep(10)
-
-
-def _ignore() -> None:
-    return None
-
-
-class EventKeeper:
-    """Takes what steering tells, at once, and keeps it in the store, in order."""
-
-    def __init__(self, store: Store, knowledge: Knowledge) -> None:
-        self._store = store
-        self._knowledge = knowledge
-        self._queue: asyncio.Queue[SteeringEvent] = asyncio.Queue(maxsize=10_000)
-        self._down: dict[str, int] = {}
-        self.on_ports: Callable[[], None] = _ignore
-
-    def take(self, event: SteeringEvent) -> None:
-        """Called on the event loop; never blocks."""
-        if isinstance(event, AddressSeen):
-            if not self._knowledge.take_address(
-                event.address, event.vm_id, event.at, claimed=event.claimed
-            ):
-                return
-        elif isinstance(event, PortsChanged):
-            self.on_ports()
-        try:
-            self._queue.put_nowait(event)
-        except asyncio.QueueFull:
-            log.error("an event was lost: the store does not keep up", steering_event=str(event))
-
-    async def run(self) -> None:
-        """Until cancelled; an event that the store does not take is tried again."""
-        while True:
-            event = await self._queue.get()
-            while True:
-                try:
-                    await self._keep(event)
-                    break
-                except StoreError as fault:
-                    log.error("event not stored", reason=fault.reason)
-                    await asyncio.sleep(1)
-
-    async def _keep(self, event: SteeringEvent) -> None:
-        match event:
-            case AddressSeen(at=at, address=address, vm_id=vm_id):
-                await self._store.write(lambda db: record_holding(db, address, vm_id, at))
-            case PortsChanged(at=at):
-                gone = event.vanished
-                known = {machine.vm_id for machine in self._knowledge.now.machines}
-                await self._store.write(
-                    lambda db: [end_holdings(db, vm, at) for vm in gone if vm not in known]
-                )
-                text = (
-                    f"{len(event.appeared)} ports appeared, {len(gone)} vanished; "
-                    f"the flows followed in {event.seconds:.3f} s"
-                )
-                await self._record(at, "ports.changed", "info", text, ", ".join(event.appeared))
-            case DriftMended(at=at):
-                text = (
-                    f"the switch had drifted and was mended in {event.seconds:.3f} s: "
-                    f"{event.added} added, {event.modified} modified, {event.deleted} deleted"
-                )
-                await self._record(at, "drift.mended", "warning", text)
-            case SwitchChanged(at=at, reachable=reachable, reason=reason):
-                text = "the switch is back" if reachable else f"the switch is lost: {reason}"
-                await self._change(at, "switch", reachable, "switch.lost", "error", text)
-            case LaneChanged(at=at, lane=lane, forwarding=forwarding):
-                text = (
-                    f"lane {lane} carries traffic through its engine"
-                    if forwarding
-                    else f"lane {lane} is down: its policies fail as onFailure says"
-                )
-                await self._change(at, f"lane {lane}", forwarding, "lane.down", "error", text)
-
-    async def _change(
-        self, at: float, subject: str, up: bool, kind: str, severity: str, text: str
-    ) -> None:
-        """Going down begins an event, coming up ends it."""
-        if not up:
-            self._down[subject] = await self._record(at, kind, severity, text, subject)
-        elif (begun := self._down.pop(subject, None)) is not None:
-            await self._store.write(lambda db: end_event(db, begun, at))
-
-    async def _record(
-        self, at: float, kind: str, severity: str, text: str, subject: str = ""
-    ) -> int:
-        return await self._store.write(
-            lambda db: record_event(db, at, kind, severity, text, subject=subject)
-        )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from appliance.commands import lab, policy, reading, rules, service
+from appliance.commands import lab, policy, proof, reading, rules, service
 from appliance.commands.output import JSON_WANTED, OutputClosed, print_error
 from steering.errors import HairpinError
 
@@ -32,7 +32,8 @@ def build_app() -> typer.Typer:
     )
     app.command("vms")(reading.show_vms)
     app.add_typer(policy.app, name="policy")
-    app.command("coverage")(reading.show_coverage)
+    app.command("coverage")(proof.show_coverage)
+    app.command("canary")(proof.send_canaries)
     app.command("explain")(reading.show_explanation)
     app.command("alerts")(reading.show_alerts)
     app.command("flows")(reading.show_flows)

@@ -20,12 +20,12 @@ from pydantic import ValidationError
 
 from appliance.api.auth import read_token
 from appliance.api.control import Unavailable
+from appliance.api.coverage import CanaryPage, Coverage, CoverageHistory, LaneProofs
 from appliance.api.documents import (
     Alert,
     AlertDetail,
     AlertPage,
     ApiDocument,
-    Coverage,
     EventPage,
     Explanation,
     FlowPage,
@@ -189,6 +189,15 @@ class Client:
 
     def read_coverage(self, query: Values) -> Coverage:
         return self._get("/coverage", Coverage, query)
+
+    def read_coverage_history(self, query: Values) -> CoverageHistory:
+        return self._get("/coverage/history", CoverageHistory, query)
+
+    def find_canaries(self, query: Values) -> CanaryPage:
+        return self._get("/canaries", CanaryPage, query)
+
+    def prove_lanes(self) -> LaneProofs:
+        return asyncio.run(self._ask("POST", "/canaries", LaneProofs))[0]
 
     def explain(self, query: Values) -> Explanation:
         return self._get("/explain", Explanation, query)

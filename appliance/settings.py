@@ -68,7 +68,8 @@ class SwitchSettings(Document):
     )
     vswitchd: AbsolutePath | None = Field(
         default=None,
-        description="ovs-vswitchd's control socket, for `ofproto/trace`; none over the network.",
+        description="ovs-vswitchd's control socket, for `ofproto/trace`, or its pid file, by which the "
+        "socket is found; none over the network.",
     )
 
 
@@ -144,7 +145,11 @@ class RuleSource(Document):
 class RulesSettings(Document):
     """What each lane's ruleset is made of."""
 
-    starter: bool = Field(default=True, description="Take the starter rules in `suricata/rules`.")
+    starter: bool = Field(
+        default=True,
+        description="Take the starter rules in `suricata/rules`; those that drop what the engine "
+        "can't read (`hairpin-wire.rules`) are taken always.",
+    )
     sources: tuple[RuleSource, ...] = Field(
         default=(), description="Merged with the starter rules, in this order."
     )
@@ -227,6 +232,24 @@ class VisibilitySettings(Document):
     )
 
 
+class CanarySettings(Document):
+    """A port of Hairpin's own, by which it proves each lane with packets that must be dropped."""
+
+    interface: InterfaceName | None = Field(
+        default=None, description="The OVS port; none: no canary, and health says so."
+    )
+    device: InterfaceName = Field(
+        default="canary", description="Its other end, in the service host."
+    )
+    every_seconds: int = Field(
+        default=30,
+        alias="everySeconds",
+        ge=1,
+        le=3600,
+        description="Each lane is proved this often, and after every change.",
+    )
+
+
 class Settings(Document):
     """All sections; only `lanes` has to be given."""
 
@@ -255,6 +278,9 @@ class Settings(Document):
     )
     inspection: InspectionSettings = Field(
         default_factory=InspectionSettings, description="The engines."
+    )
+    canary: CanarySettings = Field(
+        default_factory=CanarySettings, description="The proof that each lane inspects."
     )
     rules: RulesSettings = Field(default_factory=RulesSettings, description="Their rules.")
     api: ApiSettings = Field(default_factory=ApiSettings, description="The management API.")
@@ -301,6 +327,11 @@ class Settings(Document):
     def inspection_state(self) -> Path:
         """What `hairpin inspect` last published: engines, dialect, faults (JSON, replaced atomically)."""
         return self.run_dir / "inspection.json"
+
+    @property
+    def canary_socket(self) -> Path:
+        """Where `hairpin inspect` sends canaries on request."""
+        return self.run_dir / "inspect" / "canary.sock"
 
     def lane_dir(self, lane: Lane) -> Path:
         """The engine's directory: suricata.yaml, command socket, eve.json, log."""

@@ -26,6 +26,10 @@ PACKAGES=(
     suricata
     # real clients and servers for the tests and the demonstration
     nginx-light curl redis-server rsyslog rsyslog-gnutls openssl
+    # what attackers send frames with, for the tests of evasions
+    hping3 nmap thc-ipv6 ipv6toolkit
+    # a clock that jumps, for one process, in the fault campaign
+    faketime
     # the ground they stand on
     ca-certificates jq libcap2-bin mount passwd procps util-linux python3 python3-venv
 )

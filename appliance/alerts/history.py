@@ -88,6 +88,22 @@ def end_event(db: Database, event_id: int, at: float) -> None:
     db.execute("UPDATE events SET ended_at = ? WHERE id = ?", (at, event_id))
 
 
+def update_event(db: Database, event_id: int, message: str, detail: Mapping[str, Any]) -> None:
+    """What is known of an event by now: of one that goes on, or whose counts come late."""
+    db.execute(
+        "UPDATE events SET message = ?, detail = ? WHERE id = ?",
+        (message, json.dumps(dict(detail)), event_id),
+    )
+
+
+def find_open_events(db: Database, kind: str) -> list[dict[str, Any]]:
+    """Events that began and did not end, oldest first: what a killed service left open."""
+    rows = find_rows(
+        db, "SELECT * FROM events WHERE kind = ? AND ended_at IS NULL ORDER BY id", (kind,)
+    )
+    return [{**row, "detail": json.loads(row["detail"])} for row in rows]
+
+
 def record_repeated(
     db: Database,
     at: float,
@@ -191,5 +207,7 @@ def record_cursor(db: Database, name: str, last_id: int, at: float) -> None:
     )
 
 
-def find_rows(db: Database, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+def find_rows(
+    db: Database, sql: str, values: tuple[Any, ...] | dict[str, Any]
+) -> list[dict[str, Any]]:
     return [dict(row) for row in db.query(sql, values)]

@@ -26,6 +26,7 @@ from appliance.alerts.attribute import (
     attribute,
     leave_unattributed,
 )
+from appliance.alerts.canary import Arrival, find_arrival, record_arrival
 from appliance.alerts.eve import parse_event, split_torn
 from appliance.alerts.history import find_rows, record_event, record_repeated
 from appliance.alerts.model import EveAlert, Malformed
@@ -80,9 +81,14 @@ class LaneStatus:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a batch comes to: rows to insert, and what was wrong with it."""
+    """What a batch comes to: rows to insert, and what was wrong with it.
+
+    ``arrivals`` are by the place of their row in ``rows``: that row is an alert only if no probe of
+    ours has sent it.
+    """
 
     rows: tuple[Row, ...] = ()
+    arrivals: Mapping[int, Arrival] = field(default_factory=dict)
     malformed: tuple[tuple[int, Malformed], ...] = ()
     unattributed: int = 0
 
@@ -222,17 +228,17 @@ class Ingest:
         prepared = await asyncio.to_thread(self._prepare, tail.lane, batch)
         now = self._clock()
 
-        def commit(db: Database) -> tuple[int, int]:
+        def commit(db: Database) -> tuple[int, int, int]:
             return commit_batch(db, tail.lane, batch, prepared, now)
 
-        latest, refused = await self._store.write(commit)
+        latest, refused, canaries = await self._store.write(commit)
         tail.bookmarks[batch.bookmark.identity] = batch.bookmark
         tail.next_generation = max(tail.next_generation, batch.bookmark.generation + 1)
         status = tail.status
         tail.status = replace(
             status,
             lines=status.lines + len(batch.lines),
-            alerts=status.alerts + len(prepared.rows) - refused,
+            alerts=status.alerts + len(prepared.rows) - refused - canaries,
             malformed=status.malformed + len(prepared.malformed) + refused,
             unattributed=status.unattributed + prepared.unattributed,
             stored_at=now if batch.lines else status.stored_at,
@@ -247,6 +253,7 @@ class Ingest:
         now = self._clock()
         rows: list[Row] = []
         malformed: list[tuple[int, Malformed]] = []
+        arrivals: dict[int, Arrival] = {}
         unattributed = 0
         for line in batch.lines:
             if not line.raw.strip():
@@ -256,10 +263,13 @@ class Ingest:
                     malformed.append((line.offset, event))
                     continue
                 attributed = self._attribute(lane, event)
-                unattributed += attributed.policy is None
+                if (arrival := find_arrival(event)) is not None:
+                    arrivals[len(rows)] = arrival
+                else:
+                    unattributed += attributed.policy is None
                 origin = (batch.bookmark.generation, line.offset, part)
                 rows.append(build_alert_row(event, attributed, lane, now, origin))
-        return Prepared(tuple(rows), tuple(malformed), unattributed)
+        return Prepared(tuple(rows), arrivals, tuple(malformed), unattributed)
 
     def _attribute(self, lane: Lane, alert: EveAlert) -> Attributed:
         try:
@@ -335,14 +345,18 @@ def parse_line(line: bytes) -> tuple[EveAlert | Malformed, ...]:
 
 def commit_batch(
     db: Database, lane: Lane, batch: Batch, prepared: Prepared, now: float
-) -> tuple[int, int]:
-    """Store a batch and its bookmark: the newest alert's id (0 for none), and rows refused.
+) -> tuple[int, int, int]:
+    """Store a batch and its bookmark: the newest alert's id (0 for none), rows refused, canaries.
 
     A row that the database refuses is recorded as malformed; it must not stop those behind it.
     """
-    latest = 0
+    latest = canaries = 0
     refused: list[str] = []
-    for row in prepared.rows:
+    for place, row in enumerate(prepared.rows):
+        arrival = prepared.arrivals.get(place)
+        if arrival is not None and record_arrival(db, lane.name, arrival, now):
+            canaries += 1
+            continue
         try:
             latest = int(db.execute(insert_sql("alerts", row), row).lastrowid or 0)
         except (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError) as fault:
@@ -382,7 +396,7 @@ def commit_batch(
         )
     row = build_bookmark_row(batch.bookmark)
     db.execute(insert_sql("bookmarks", row).replace("INSERT", "INSERT OR REPLACE", 1), row)
-    return latest, len(refused)
+    return latest, len(refused), canaries
 
 
 def record_vanished(db: Database, bookmark: Bookmark, now: float) -> None:

@@ -149,3 +149,46 @@ _FIRST = (
 def first_tables(db: Database) -> None:
     for statement in _FIRST:
         db.execute(statement)
+
+
+_PROOF = (
+    # One row a lane and probe. `nonce` is what a VM can't know: an alert of the canary's rule
+    # without it is an alert like any other. `arrived` lists the parts whose alerts were stored.
+    """CREATE TABLE canaries (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        lane TEXT NOT NULL,
+        cause TEXT NOT NULL,
+        nonce TEXT NOT NULL UNIQUE,
+        arrived TEXT NOT NULL DEFAULT '[]',
+        arrived_at REAL,
+        ended_at REAL,
+        result TEXT CHECK (result IN ('passed', 'failed')),
+        stage TEXT NOT NULL DEFAULT '',
+        detail TEXT NOT NULL DEFAULT ''
+    ) STRICT""",
+    "CREATE INDEX canaries_lane ON canaries (lane, at)",
+    # What was counted last, so that what passes while nobody watches is told afterwards.
+    """CREATE TABLE meters (
+        name TEXT PRIMARY KEY,
+        at REAL NOT NULL,
+        value TEXT NOT NULL
+    ) STRICT""",
+    # The coverage over time: one row after every change, and now and then. `ledger` is what the
+    # traces proved, `shares` the percentages, both JSON.
+    """CREATE TABLE coverage (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        revision INTEGER NOT NULL,
+        cause TEXT NOT NULL,
+        shares TEXT NOT NULL,
+        ledger TEXT NOT NULL DEFAULT '{}'
+    ) STRICT""",
+    "CREATE INDEX coverage_at ON coverage (at)",
+)
+
+
+@migrations()
+def proof_tables(db: Database) -> None:
+    for statement in _PROOF:
+        db.execute(statement)

@@ -17,11 +17,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from appliance.api.coverage import CanaryPage, Coverage, CoverageHistory, LaneProofs
 from appliance.api.documents import (
     Alert,
     AlertDetail,
     AlertPage,
-    Coverage,
     EventPage,
     Explanation,
     FlowPage,
@@ -37,10 +37,12 @@ from appliance.api.documents import (
 from appliance.api.queries import (
     AlertFilter,
     AlertQuery,
+    CanaryQuery,
     CoverageQuery,
     EventQuery,
     ExplainQuery,
     FlowQuery,
+    HistoryQuery,
     RuleQuery,
 )
 from steering.errors import Conflict, HairpinError
@@ -119,6 +121,21 @@ class Control(Protocol):
         ...
 
     async def read_coverage(self, query: CoverageQuery) -> Coverage: ...
+
+    async def read_coverage_history(self, query: HistoryQuery) -> CoverageHistory: ...
+
+    async def find_canaries(self, query: CanaryQuery) -> CanaryPage: ...
+
+    async def prove_lanes(self) -> LaneProofs:
+        """Send a canary through every lane and wait for what becomes of it, some seconds at most.
+
+        Raises Unavailable when no canary port is configured.
+        """
+        ...
+
+    async def render_metrics(self) -> bytes:
+        """The metrics page in Prometheus' text format."""
+        ...
 
     async def explain(self, query: ExplainQuery) -> Explanation:
         """Raises NotFound when either VM is unknown, WrongInput for a port without a protocol."""

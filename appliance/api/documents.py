@@ -242,55 +242,6 @@ class PlanReport(ApiDocument):
 # Coverage and explain
 
 
-class CoveragePart(ApiDocument):
-    """One part of what may pass between two VMs and what is done with it."""
-
-    what: str = Field(description="As in `tcp/80,443 ipv4`, `any`.")
-    treatment: Treatment
-    policy: str | None = None
-    profile: Profile | None = None
-    on_failure: OnFailure | None = None
-
-
-class PairCoverage(ApiDocument):
-    source: VmName
-    destination: VmName
-    status: PairStatus
-    parts: tuple[CoveragePart, ...] = ()
-    reason: str = Field(default="", description="Why it is not inspected, or not all of it.")
-
-
-class CoverageSummary(ApiDocument):
-    """Over all ordered pairs of VMs, whatever the filter."""
-
-    machines: Count
-    pairs: Count
-    inspected: Count = 0
-    partial: Count = 0
-    direct: Count = 0
-    denied: Count = 0
-    blind: Count = 0
-    inspected_percent: Percent = 0.0
-    blind_percent: Percent = 0.0
-
-
-class CoverageGap(ApiDocument):
-    """Something that keeps traffic from being inspected and is not the choice of a policy."""
-
-    reason: str
-    mend: str = ""
-    vms: tuple[VmName, ...] = ()
-
-
-class Coverage(ApiDocument):
-    """The summary, the gaps, and one page of the pairs that the filter names."""
-
-    summary: CoverageSummary
-    gaps: tuple[CoverageGap, ...] = ()
-    items: tuple[PairCoverage, ...] = ()
-    next: str | None = Field(default=None, description="Cursor of the next page, null on the last.")
-
-
 class ExplainStep(ApiDocument):
     """One table that a packet passes, as in `docs/pipeline.md`."""
 
@@ -499,6 +450,9 @@ class Event(ApiDocument):
 
     id: int
     time: datetime
+    ended: datetime | None = Field(
+        default=None, description="Of a state that lasted; null while it does."
+    )
     level: Literal["info", "warning", "error"]
     kind: str = Field(description="Stable, as in `policy.applied`, `drift.mended`.")
     subject: str = ""

@@ -92,6 +92,15 @@ class CoverageQuery(Page):
     status: PairStatus | None = None
 
 
+class HistoryQuery(Page):
+    since: QueryTime | None = None
+    until: QueryTime | None = None
+
+
+class CanaryQuery(Page):
+    lane: Profile | None = None
+
+
 class ExplainQuery(Query):
     source: VmRef
     destination: VmRef

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from appliance.api.control import Control, IfMatch
+from appliance.api.coverage import CanaryPage, Coverage, CoverageHistory, LaneProofs
 from appliance.api.documents import (
     AlertDetail,
     AlertPage,
     ApiDocument,
-    Coverage,
     EventPage,
     Explanation,
     FlowPage,
@@ -32,11 +32,13 @@ from appliance.api.documents import (
 from appliance.api.queries import (
     AlertQuery,
     AlertStreamQuery,
+    CanaryQuery,
     CoverageQuery,
     DryRun,
     EventQuery,
     ExplainQuery,
     FlowQuery,
+    HistoryQuery,
     NoQuery,
     Query,
     RuleQuery,
@@ -46,6 +48,7 @@ BASE = "/api/v1"
 JSON = "application/json"
 YAML = "application/yaml"
 EVENT_STREAM = "text/event-stream"
+METRICS = "text/plain"
 EVERY_PROBLEM = (400, 500, 503)
 """What any endpoint may answer beside its own: a request that is not HTTP, a failure, not now."""
 
@@ -83,8 +86,8 @@ Handler = Callable[[Control, Call], Awaitable[Reply]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One endpoint. ``handler`` is None for the two that the server answers itself (the live
-    stream, the OpenAPI description); ``raw_body`` passes the text of the body on, checked by
+    """One endpoint. ``handler`` is None for those that the server answers itself (the live
+    stream, the metrics page, the OpenAPI description); ``raw_body`` passes the text of the body on, checked by
     nothing but its syntax, so that one parser reports all its faults."""
 
     method: Literal["GET", "PUT", "POST"]
@@ -148,6 +151,18 @@ def _plan_reply(report: PlanReport) -> Reply:
 
 async def _coverage(control: Control, call: Call) -> Reply:
     return Reply(200, await control.read_coverage(call.query))
+
+
+async def _coverage_history(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.read_coverage_history(call.query))
+
+
+async def _canaries(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_canaries(call.query))
+
+
+async def _prove(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.prove_lanes())
 
 
 async def _explain(control: Control, call: Call) -> Reply:
@@ -278,6 +293,41 @@ ROUTES: tuple[Route, ...] = (
         {200: Coverage},
         (404,),
         query=CoverageQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/coverage/history",
+        "readCoverageHistory",
+        "The coverage over time, newest first.",
+        _coverage_history,
+        {200: CoverageHistory},
+        query=HistoryQuery,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/canaries",
+        "findCanaries",
+        "The canaries that were sent through the lanes, newest first.",
+        _canaries,
+        {200: CanaryPage},
+        query=CanaryQuery,
+    ),
+    Route(
+        "POST",
+        f"{BASE}/canaries",
+        "proveLanes",
+        "Send a canary through every lane now, and answer when each has passed or was lost.",
+        _prove,
+        {200: LaneProofs},
+    ),
+    Route(
+        "GET",
+        f"{BASE}/metrics",
+        "readMetrics",
+        "What is counted, for Prometheus (text format 0.0.4).",
+        None,
+        {200: None},
+        media_type=METRICS,
     ),
     Route(
         "GET",

@@ -18,6 +18,7 @@ from uuid import uuid4
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from appliance.api.auth import REALM, check_token
 from appliance.api.control import Control
@@ -30,7 +31,7 @@ from appliance.api.problems import (
     find_status,
 )
 from appliance.api.requests import read_call
-from appliance.api.routes import EVENT_STREAM, JSON, ROUTES, Reply, Route
+from appliance.api.routes import EVENT_STREAM, JSON, METRICS, ROUTES, Reply, Route
 from appliance.api.stream import StreamLimits, Streams
 from appliance.settings import ApiSettings
 from appliance.version import find_version
@@ -72,6 +73,9 @@ def build_app(
             call = await read_call(request, route)
             if route.media_type == EVENT_STREAM:
                 return await streams.run(request, control, call.query)
+            if route.media_type == METRICS:
+                page = await control.render_metrics()
+                return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
             if route.handler is None:
                 return web.Response(text=description, content_type=JSON)
             return build_response(route, await route.handler(control, call))

@@ -1,4 +1,4 @@
-"""Commands that read: vms, coverage, explain, alerts, flows, events, health."""
+"""Commands that read: vms, explain, alerts, flows, events, health."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import typer
 
 from appliance.api.documents import (
     Alert,
-    Coverage,
     Endpoint,
     Explanation,
-    PairStatus,
     Treatment,
     Verdict,
 )
@@ -101,55 +99,6 @@ def show_health(
                 print_line(f"  what to do: {clean(problem.mend)}")
     if health.status == "failing":
         raise typer.Exit(1)
-
-
-def show_coverage(
-    vm: options.Vm = None,
-    status: Annotated[
-        PairStatus | None, typer.Option("--status", help="Only pairs of this status.")
-    ] = None,
-    limit: options.Limit = 100,
-    cursor: options.Cursor = None,
-    json: options.Json = False,
-    url: options.Url = None,
-    token_file: options.TokenFile = None,
-) -> None:
-    """Show which pairs of VMs are inspected, direct, denied or blind."""
-    query: Values = {"vm": vm, "status": status, "limit": limit, "cursor": cursor}
-    coverage = open_client(url, token_file).read_coverage(query)
-    if json:
-        return print_json(coverage)
-    _print_coverage(coverage)
-
-
-def _print_coverage(coverage: Coverage) -> None:
-    total = coverage.summary
-    print_line(
-        f"{total.machines} VMs, {total.pairs} pairs: {total.inspected} inspected "
-        f"({total.inspected_percent:.1f} %), {total.partial} partial, {total.direct} direct, "
-        f"{total.denied} denied, {total.blind} blind ({total.blind_percent:.1f} %)"
-    )
-    for gap in coverage.gaps:
-        print_line(f"gap: {clean(gap.reason)}")
-        if gap.mend:
-            print_line(f"  what to do: {clean(gap.mend)}")
-    rows = [
-        (
-            pair.source.name,
-            pair.destination.name,
-            pair.status,
-            "; ".join(
-                f"{part.what} {part.treatment}"
-                + (f" {part.profile}/{part.on_failure}" if part.profile else "")
-                + (f" by {part.policy}" if part.policy else "")
-                for part in pair.parts
-            ),
-            pair.reason,
-        )
-        for pair in coverage.items
-    ]
-    print_table(("source", "destination", "status", "what", "why"), rows, "no such pairs")
-    show_next(coverage.next)
 
 
 def show_explanation(
@@ -376,8 +325,16 @@ def show_events(
     if json:
         return print_json(page)
     rows = [
-        (event.id, render_time(event.time), event.level, event.kind, event.subject, event.text)
+        (
+            event.id,
+            render_time(event.time),
+            "" if event.ended is None else render_time(event.ended),
+            event.level,
+            event.kind,
+            event.subject,
+            event.text,
+        )
         for event in page.items
     ]
-    print_table(("id", "time", "level", "kind", "subject", "text"), rows, "no events")
+    print_table(("id", "time", "ended", "level", "kind", "subject", "text"), rows, "no events")
     show_next(page.next)

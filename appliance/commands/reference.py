@@ -33,6 +33,7 @@ Where the service is: `--url` and `--token-file`, else `HAIRPIN_URL` and `HAIRPI
 
 JSON_SHAPES = {
     "vms": "VmList",
+    "canary": "LaneProofs",
     "coverage": "Coverage",
     "explain": "Explanation",
     "alerts": "AlertPage; with `--id` AlertDetail; with `--follow` an Alert a line",

@@ -38,7 +38,7 @@ switch:
   ovsdb: unix:/run/openvswitch/db.sock
   bridge: br-int
   openflow: unix:/run/openvswitch/br-int.mgmt
-  vswitchd: /run/openvswitch/ovs-vswitchd.ctl
+  vswitchd: /run/openvswitch/ovs-vswitchd.pid
 lanes:
   - profile: prevent
     vlan: 101
@@ -57,6 +57,10 @@ inspection:
   dialect: auto
   requireHyperscan: true
   eveLimitBytes: 268435456
+canary:
+  interface: hairpin-canary
+  device: canary
+  everySeconds: 30
 rules:
   starter: true
   sources:

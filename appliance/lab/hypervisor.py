@@ -18,6 +18,7 @@ from appliance.lab.plan import (
     LabState,
     LabVm,
     ProcessRecord,
+    build_canary_args,
     build_leg_args,
     build_mirror_args,
     build_port_args,
@@ -131,6 +132,7 @@ def create_bridge(state: LabState) -> None:
         args += build_port_args(vm)
     for lane in state.lanes:
         args += build_leg_args(lane)
+    args += build_canary_args(state.lanes[0])
     args += build_mirror_args(state.vms)
     run(state.vsctl_argv(args))
     check_ports(state)

@@ -140,6 +140,7 @@ def _make(state: LabState, progress: Progress) -> LabState:
         network.create_vm_link(state, vm)
     for lane in state.lanes:
         network.create_lane_links(state, lane)
+    network.create_canary_link(state)
     network.create_mirror_link(state)
 
     progress("starting Open vSwitch")

@@ -13,6 +13,8 @@ from pyroute2 import NetNS, config, netns
 from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.lab.plan import (
+    CANARY_DEVICE,
+    CANARY_PORT,
     MIRROR_DEVICE,
     MIRROR_PORT,
     ROOT,
@@ -144,6 +146,13 @@ def create_lane_links(state: LabState, lane: LabLane) -> None:
     for interface, device, _ofport in lane.legs:
         _add_pair(state.hypervisor, interface, state.service_host, device, pair, "")
         _set_up(state.service_host, device)
+
+
+def create_canary_link(state: LabState) -> None:
+    """Hairpin's own port, with its other end in the service host."""
+    pair = (SWITCH_MTU, SWITCH_MTU)
+    _add_pair(state.hypervisor, CANARY_PORT, state.service_host, CANARY_DEVICE, pair, "")
+    _set_up(state.service_host, CANARY_DEVICE)
 
 
 def create_mirror_link(state: LabState) -> None:

@@ -29,6 +29,9 @@ SWITCH_MTU = 1600
 MIRROR_PORT = "hp-mirror"
 MIRROR_DEVICE = "mir0"
 MIRROR_OFPORT = 290
+CANARY_PORT = "hp-canary"
+CANARY_DEVICE = "canary"
+CANARY_OFPORT = 291
 FIRST_LEG_OFPORT = 200
 MOVED_OFPORT = 300
 # The lab is made by the administrator of the switch, not by Hairpin: its flow has no cookie.
@@ -346,6 +349,7 @@ def render_settings(state: LabState) -> str:
             }
             for lane in state.lanes
         ],
+        "canary": {"interface": CANARY_PORT, "device": CANARY_DEVICE},
         "api": {"listen": "127.0.0.1", "port": state.api_port},
         "visibility": {"device": MIRROR_DEVICE, "netns": state.observer},
     }
@@ -388,6 +392,15 @@ def build_leg_args(lane: LabLane) -> list[str]:
         args += [f'bfd:bfd_local_dst_mac="{lane.bfd_mac}"']
         args += [f'bfd:bfd_remote_dst_mac="{lane.bfd_mac}"']
     return args
+
+
+def build_canary_args(lane: LabLane) -> list[str]:
+    """ovs-vsctl arguments that add Hairpin's own port, kept out of NORMAL as a leg is.
+
+    Not ``protected``: between two such ports OVS skips what a flow outputs, too.
+    """
+    args = ["--", "add-port", BRIDGE, CANARY_PORT, f"tag={lane.vlan}"]
+    return [*args, "--", "set", "Interface", CANARY_PORT, f"ofport_request={CANARY_OFPORT}"]
 
 
 def build_mirror_args(vms: Sequence[LabVm]) -> list[str]:

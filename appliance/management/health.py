@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from appliance.alerts.ingest import LaneStatus
 from appliance.api import documents as doc
+from appliance.api.coverage import Balance
+from appliance.assurance.canary import CanaryStatus
+from appliance.assurance.disk import DiskState
+from appliance.assurance.ledger import LedgerRun
+from appliance.assurance.stages import Stage
 from appliance.export.exporter import ExporterStatus, State
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
 from appliance.rules.model import RulesState
@@ -15,6 +20,18 @@ from steering.model import Inspect, Lane, PolicySet
 from steering.reconcile import SwitchStatus
 
 FRESH_SECONDS = 5.0
+UNDECIDED_STAGES = (Stage.SENDER, Stage.RETURN, Stage.EVE, Stage.STORE)
+_MENDS: dict[str, str] = {
+    Stage.SENDER: "check that `hairpin inspect` runs and the canary's device is there",
+    Stage.FLOW_TABLE: "look for another controller; `hairpin doctor`",
+    Stage.VLAN: "look for who changes the lane's groups",
+    Stage.BRIDGE: "check the lane's bridge and legs in the service host: `hairpin doctor`",
+    Stage.QUEUE_RULE: "look for another program that changes the service host's firewall",
+    Stage.ENGINE: "see the engine's log; it is replaced when it hangs",
+    Stage.RULESET: "`hairpin rules update`",
+    Stage.EVE: "free disk space under runDir",
+    Stage.STORE: "free disk space under stateDir",
+}
 
 EngineWord = Literal["starting", "running", "reloading", "failed", "stopped", "unknown"]
 _WORDS: dict[EngineState, EngineWord] = {
@@ -29,7 +46,10 @@ _WORDS: dict[EngineState, EngineWord] = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that health is judged by. ``forwarding`` by lane name; times in seconds since the epoch."""
+    """All that health is judged by. ``forwarding`` by lane name; times in seconds since the epoch.
+
+    ``canaries`` None: no canary port is configured.
+    """
 
     name: str
     version: str
@@ -45,6 +65,10 @@ class Facts:
     ingest: tuple[LaneStatus, ...]
     exporters: tuple[ExporterStatus, ...]
     flows_fault: str = ""
+    canaries: tuple[CanaryStatus, ...] | None = ()
+    balances: Mapping[str, Balance] = field(default_factory=dict)
+    ledger: LedgerRun | None = None
+    disks: tuple[DiskState, ...] = ()
 
 
 def build_health(facts: Facts) -> doc.Health:
@@ -55,9 +79,11 @@ def build_health(facts: Facts) -> doc.Health:
     store = _judge_store(facts, problems)
     exporters = tuple(_judge_exporter(facts, one, problems) for one in facts.exporters)
     rules = _judge_rules(facts, problems)
+    _judge_proof(facts, problems)
     needed = find_needed_lanes(facts.policies)
     blind = any(not lane.inspecting and lane.name in needed for lane in lanes)
-    failing = blind or switch.status == "failing" or store.status == "failing"
+    violated = facts.ledger is not None and facts.ledger.violated
+    failing = blind or violated or switch.status == "failing" or store.status == "failing"
     status: doc.HealthStatus = "failing" if failing else "degraded" if problems else "ok"
     return doc.Health(
         status=status,
@@ -82,14 +108,24 @@ def find_needed_lanes(policies: PolicySet) -> frozenset[str]:
 
 
 def is_inspecting(facts: Facts, lane: Lane) -> bool:
-    """Engine up, supervised lately, rules loaded, and BFD passes through it."""
+    """Engine up, supervised lately, rules loaded, BFD passes through it, and no canary was passed."""
     engine = _find_engine(facts, lane)
     return (
         engine is not None
         and engine.inspecting
         and engine.rules_loaded > 0
         and facts.forwarding.get(lane.name, False)
+        and not _is_disproved(facts, lane)
     )
+
+
+def _is_disproved(facts: Facts, lane: Lane) -> bool:
+    """Whether the last canary shows that packets are not inspected; one that only was not sent or
+
+    not recorded does not.
+    """
+    canary = next((one for one in facts.canaries or () if one.lane == lane.name), None)
+    return canary is not None and canary.passed is False and canary.stage not in UNDECIDED_STAGES
 
 
 def _find_engine(facts: Facts, lane: Lane) -> LaneState | None:
@@ -137,6 +173,42 @@ def _judge_lane(facts: Facts, lane: Lane, problems: list[doc.HealthProblem]) -> 
     )
 
 
+def _judge_proof(facts: Facts, problems: list[doc.HealthProblem]) -> None:
+    """What the proofs say: canaries, balance, ledger."""
+    if facts.canaries is None:
+        reason = "no canary port is configured: that lanes inspect is not proved"
+        mend = "add a port for it and name it in canary.interface (docs/proof.md)"
+        _problem(problems, reason, mend, facts.started_at)
+    for canary in facts.canaries or ():
+        if canary.passed is False:
+            reason = f"lane {canary.lane}: its canary was lost at: {canary.stage}; {canary.detail}"
+            mend = _MENDS.get(canary.stage, "see `hairpin coverage` and `hairpin doctor`")
+            _problem(problems, reason, mend, canary.failed_since or facts.now)
+    for name, balance in sorted(facts.balances.items()):
+        if not balance.closes and balance.unclosed_since is not None:
+            reason = f"lane {name}: its packets are not accounted for: {balance.reason}"
+            since = balance.unclosed_since.timestamp()
+            _problem(problems, reason, "see `hairpin coverage`", since)
+    run = facts.ledger
+    if run is None:
+        return
+    if run.ledger is None:
+        reason = f"the ways through the tables are not proved: {run.fault}"
+        _problem(problems, reason, "give `hairpin serve` ovs-vswitchd's control socket", facts.now)
+        return
+    if run.ledger.violation_count:
+        first = run.ledger.violations[0]
+        reason = (
+            f"{run.ledger.violation_count} traced packets go another way than the policies say, the "
+            f"first {first.family} {first.service} {first.source} -> {first.destination}: {first.reason}"
+        )
+        mend = f"ovs-appctl ofproto/trace {first.traced}"
+        _problem(problems, reason, mend, run.ledger.at)
+    for foreign in run.ledger.foreign[:5]:
+        reason = f"a flow that is not Hairpin's goes before its own: {foreign.flow}"
+        _problem(problems, reason, foreign.reason, run.ledger.at)
+
+
 def _judge_switch(facts: Facts, problems: list[doc.HealthProblem]) -> doc.ComponentHealth:
     switch = facts.switch
     if not switch.reachable:
@@ -154,6 +226,8 @@ def _judge_switch(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compon
 
 
 def _judge_store(facts: Facts, problems: list[doc.HealthProblem]) -> doc.ComponentHealth:
+    for disk in facts.disks:
+        _problem(problems, disk.reason, "free space there, or give it more", disk.since)
     faults = [f"{lane.lane}: {lane.fault}" for lane in facts.ingest if lane.fault]
     if facts.flows_fault:
         faults.append(f"flow records: {facts.flows_fault}")
@@ -161,6 +235,7 @@ def _judge_store(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compone
         mend = "nothing is lost while the engine can write; free disk space or mend access"
         _problem(problems, f"not stored: {fault}", mend, facts.now)
     behind = sum(lane.behind_bytes for lane in facts.ingest)
+    faults += [disk.reason for disk in facts.disks if disk.full]
     return doc.ComponentHealth(
         status="degraded" if faults else "ok",
         detail="; ".join(faults) or f"{behind} bytes of EVE not yet stored",

@@ -10,9 +10,10 @@ from appliance.alerts.model import Alert as StoredAlert
 from appliance.alerts.model import Endpoint as StoredEndpoint
 from appliance.alerts.model import Event as StoredEvent
 from appliance.alerts.model import FlowRecord
+from appliance.api import coverage as cover
 from appliance.api import documents as doc
 from appliance.rules.model import ProfileState, RuleInfo
-from steering.counters import Counters
+from steering.counters import Count, Counters
 from steering.coverage import Coverage, PairCoverage, ServiceCoverage, Status
 from steering.diff import Bundle
 from steering.explain import Considered, Explanation, Step
@@ -69,10 +70,10 @@ def find_treatment(action: Action | None) -> doc.Treatment:
             return "unnamed"
 
 
-def _build_part(covered: ServiceCoverage) -> doc.CoveragePart:
+def _build_part(covered: ServiceCoverage) -> cover.CoveragePart:
     families = " ".join(str(family) for family in covered.families)
     action = covered.action
-    return doc.CoveragePart(
+    return cover.CoveragePart(
         what=f"{covered.service} {families}",
         treatment=find_treatment(action),
         policy=covered.policy,
@@ -81,8 +82,8 @@ def _build_part(covered: ServiceCoverage) -> doc.CoveragePart:
     )
 
 
-def build_pair(pair: PairCoverage) -> doc.PairCoverage:
-    return doc.PairCoverage(
+def build_pair(pair: PairCoverage) -> cover.PairCoverage:
+    return cover.PairCoverage(
         source=build_name(pair.source.vm_id, pair.source.name),
         destination=build_name(pair.destination.vm_id, pair.destination.name),
         status=pair.status.value,
@@ -91,9 +92,9 @@ def build_pair(pair: PairCoverage) -> doc.PairCoverage:
     )
 
 
-def build_coverage_summary(coverage: Coverage) -> doc.CoverageSummary:
+def build_coverage_summary(coverage: Coverage) -> cover.CoverageSummary:
     found = coverage.summary
-    return doc.CoverageSummary(
+    return cover.CoverageSummary(
         machines=found.machines,
         pairs=found.pairs,
         inspected=found.inspected.count,
@@ -102,17 +103,20 @@ def build_coverage_summary(coverage: Coverage) -> doc.CoverageSummary:
         denied=found.denied.count,
         blind=found.blind.count,
         inspected_percent=found.inspected.percent,
+        partial_percent=found.partial.percent,
+        direct_percent=found.direct.percent,
+        denied_percent=found.denied.percent,
         blind_percent=found.blind.percent,
     )
 
 
 def build_counter_gaps(
     counters: Counters, machines: Sequence[Machine]
-) -> tuple[doc.CoverageGap, ...]:
+) -> tuple[cover.CoverageGap, ...]:
     """What the switch counted that was neither inspected nor a policy's choice."""
     owners = {port.ofport: machine for machine in machines for port in machine.ports}
     gaps = [
-        doc.CoverageGap(
+        cover.CoverageGap(
             reason=f"{count.bypassed.packets} packets ({count.bypassed.bytes} bytes) passed "
             f"uninspected by open policies while lane {lane} was down",
             mend="`hairpin events` tells when; onFailure: closed lets none pass",
@@ -120,31 +124,61 @@ def build_counter_gaps(
         for lane, count in counters.lanes.items()
         if count.bypassed.packets
     ]
-    for counted, what, mend in (
+    for counted, text, mend in _list_port_drops(counters):
+        for ofport, count in sorted(counted.items()):
+            machine = owners.get(ofport)
+            if count.packets and (machine is not None or counted is counters.claims):
+                name = machine.name if machine is not None else "a VM that is gone"
+                reason = f"{count.packets} {text.format(name)}"
+                vms = () if machine is None else (build_name(machine.vm_id, machine.name),)
+                gaps.append(cover.CoverageGap(reason=reason, mend=mend, vms=vms))
+    for count, text, mend in (
+        (
+            counters.strays,
+            "unicast IP packets in broadcast or multicast frames, sent by VMs that policies name, "
+            "were dropped: they would have passed uninspected",
+            "look for who sends them with tcpdump",
+        ),
+        (
+            counters.ghosts,
+            "frames were dropped, from or to VMs that policies name and whose ports are gone or "
+            "share a MAC",
+            "nothing to do if a VM moved or restarted; else give each port a MAC of its own",
+        ),
+    ):
+        if count.packets:
+            gaps.append(cover.CoverageGap(reason=f"{count.packets} {text}", mend=mend))
+    return tuple(gaps)
+
+
+def _list_port_drops(
+    counters: Counters,
+) -> tuple[tuple[Mapping[int, Count], str, str], ...]:
+    """What is counted by a VM's port, what is said of it (with a place for the VM's name), and a mend."""
+    return (
         (
             counters.spoofed,
-            "were dropped that lied about their sender (MAC, ARP or ND)",
+            "frames of {} or in its name were dropped that lied about their sender (MAC, ARP or ND)",
             "look at the VM; a second MAC of its own (VRRP, nested VMs) is taken for a lie too",
         ),
         (
             counters.tagged,
-            "were dropped that carried a VLAN tag of the VM's own",
+            "frames of {} or in its name were dropped that carried a VLAN tag of the VM's own",
             "a VM that policies name must send untagged frames",
         ),
-    ):
-        for ofport, count in sorted(counted.items()):
-            machine = owners.get(ofport)
-            if count.packets and machine is not None:
-                reason = f"{count.packets} frames of {machine.name} or in its name {what}"
-                vms = (build_name(machine.vm_id, machine.name),)
-                gaps.append(doc.CoverageGap(reason=reason, mend=mend, vms=vms))
-    if counters.strays.packets:
-        reason = (
-            f"{counters.strays.packets} unicast IP packets in broadcast or multicast frames, sent by "
-            "VMs that policies name, were dropped: they would have passed uninspected"
-        )
-        gaps.append(doc.CoverageGap(reason=reason, mend="look for who sends them with tcpdump"))
-    return tuple(gaps)
+        (
+            counters.unread,
+            "frames of {} to VMs that policies name were dropped: they are neither IP nor ARP "
+            "(MPLS, PPPoE, LLC), and nothing could inspect them",
+            "VMs that policies name speak IPv4, IPv6 and ARP to each other: carry the rest over IP",
+        ),
+        (
+            counters.claims,
+            "claims (ARP, ND) of an address that the documents give to {} were dropped",
+            "look for who sends them with tcpdump; a VM that may take the address needs it in its "
+            "document",
+        ),
+    )
 
 
 def build_pair_changes(before: Coverage, after: Coverage) -> tuple[doc.PairChange, ...]:
@@ -305,6 +339,7 @@ def build_event(event: StoredEvent) -> doc.Event:
     return doc.Event(
         id=event.id,
         time=doc.build_time(event.at),
+        ended=None if event.ended_at is None else doc.build_time(event.ended_at),
         level=level,  # type: ignore[arg-type]  # one of the three, just checked
         kind=event.kind,
         subject=event.subject,

@@ -1,4 +1,9 @@
-"""Rule updates as a job: one at a time, its steps visible, engines reloaded and the reload judged."""
+"""Rule updates as a job: one at a time, its steps visible, engines reloaded, each reload proved.
+
+A reload counts only when the engine's reload time moved, as many rules are loaded as the revision has,
+no new rule failed, and a canary made for exactly this ruleset was dropped. Else the last good ruleset
+is put back (`RulePipeline`).
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,19 @@ from pathlib import Path
 import structlog
 
 from appliance.api import documents as doc
+from appliance.assurance.canary import CanaryWatch
 from appliance.inspection.publish import EngineState, InspectionState
 from appliance.inspection.socket import check_reload, reload_rules
 from appliance.management.render import build_lane_rules
-from appliance.rules.model import ReloadVerdict, UpdateReport
+from appliance.rules.model import ReloadVerdict, UpdateReport, UpdateRunning
 from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
 from steering.errors import HairpinError
-from steering.model import Lane
+from steering.model import Lane, Profile
 
 log = structlog.get_logger("rules")
+
+KEEP_SECONDS = 2.0
 
 Record = Callable[[str, str, str], Awaitable[None]]
 """kind, severity, message: an event for the store."""
@@ -34,8 +42,10 @@ class RuleWork:
         pipeline: RulePipeline,
         read_inspection: Callable[[], InspectionState | None],
         record: Record,
+        canary: CanaryWatch,
     ) -> None:
         self._settings = settings
+        self._canary = canary
         self._lanes = settings.build_lanes()
         self.pipeline = pipeline
         self._read_inspection = read_inspection
@@ -133,12 +143,70 @@ class RuleWork:
         if not self._is_running(lane):
             # `hairpin inspect` starts it with the new rules, after testing them itself.
             return ReloadVerdict(True, "the engine is not running; it starts with these rules")
-        try:
-            report = await reload_rules(self._settings.engine_socket(lane))
-        except HairpinError as fault:
-            return ReloadVerdict(False, fault.reason)
-        faults = check_reload(report, self._settings.rules.floor)
-        return ReloadVerdict(not faults, "; ".join(faults))
+        # Held, so that no other canary meets the engine between the two rulesets.
+        async with self._canary.hold(lane) as prove:
+            try:
+                report = await reload_rules(self._settings.engine_socket(lane))
+            except HairpinError as fault:
+                return ReloadVerdict(False, fault.reason)
+            faults = check_reload(report, self._find_floor(lane))
+            if faults:
+                return ReloadVerdict(False, "; ".join(faults))
+            judgement = await prove("rules reloaded")
+        if judgement.passed:
+            return ReloadVerdict(True)
+        reason = f"its canary was lost at: {judgement.stage}; {judgement.detail}"
+        return ReloadVerdict(False, reason)
+
+    def _find_floor(self, lane: Lane) -> int:
+        """No fewer rules than the revision in force has: it was tested, so all of them load."""
+        states = {one.profile: one for one in self.pipeline.read_state().profiles}
+        state = states.get(lane.profile)
+        loaded = state.report.loaded if state and state.report else 0
+        return max(loaded, self._settings.rules.floor)
+
+    async def keep(self) -> None:
+        """Until cancelled: see that every profile's ruleset is whole on disk, and put back one that is not.
+
+        The first ruleset is made here, too, from what is on this machine, so that engines can start.
+        """
+        told = ""
+        while True:
+            try:
+                restored = await self.pipeline.ensure()
+            except UpdateRunning:
+                restored = ()
+            except HairpinError as fault:
+                if told != fault.reason:
+                    log.error("no ruleset", reason=fault.reason, mend=fault.mend)
+                    await self._record(
+                        "rules.failed", "error", f"no ruleset could be made: {fault.reason}"
+                    )
+                told = fault.reason
+            else:
+                told = ""
+            for profile in restored:
+                await self._restore(profile)
+            await asyncio.sleep(KEEP_SECONDS)
+
+    async def reload_lane(self, lane: Lane) -> None:
+        """A canary showed that its engine does not run the ruleset in force: have it load that."""
+        path = self._settings.rules_dir / lane.profile / "current" / "suricata.rules"
+        verdict = await self._reload(lane.profile, path)
+        done = "and has it again" if verdict.accepted else f"and was not mended: {verdict.reason}"
+        text = f"the engine of {lane.name} did not run the ruleset in force, {done}"
+        log.warning("ruleset loaded again", lane=lane.name, accepted=verdict.accepted)
+        await self._record("rules.reloaded", "error", text)
+
+    async def _restore(self, profile: Profile) -> None:
+        """The ruleset on disk was damaged and another one stands there now: have the engine run it."""
+        path = self._settings.rules_dir / profile / "current" / "suricata.rules"
+        verdict = await self._reload(profile, path)
+        text = f"the ruleset of {profile} was damaged on disk; the last good one is in force again"
+        if not verdict.accepted:
+            text = f"{text}, but its engine did not take it: {verdict.reason}"
+        log.warning("ruleset restored", profile=profile, accepted=verdict.accepted)
+        await self._record("rules.restored", "error", text)
 
     def _is_running(self, lane: Lane) -> bool:
         inspection = self._read_inspection()

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any, TypeVar
 
 import structlog
@@ -24,6 +23,7 @@ from appliance.alerts.history import (
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.model import Verdict
 from appliance.alerts.store import Store
+from appliance.api import coverage as cover
 from appliance.api import documents as doc
 from appliance.api import queries as ask
 from appliance.api.control import (
@@ -31,21 +31,27 @@ from appliance.api.control import (
     IfMatch,
     NotFound,
     PolicyRevision,
+    Unavailable,
     check_match,
 )
+from appliance.assurance.failures import Concerned
+from appliance.assurance.ledger import Inputs
 from appliance.export.exporter import Exporter
 from appliance.inspection.publish import InspectionState
 from appliance.management import render
+from appliance.management.concerned import Forwarding, find_concerned
+from appliance.management.coverage import CoverageWork, Watches
 from appliance.management.flows import FlowIngest
 from appliance.management.health import Facts, build_health, is_inspecting
 from appliance.management.knowledge import Knowledge, Snapshot
+from appliance.management.pages import cut_page, parse_cursor, read_seconds
 from appliance.management.rulework import RuleWork
 from appliance.settings import Settings
 from appliance.version import find_version
 from appliance.visibility.state import Sample, build_sample, compare, is_fresh, read_state
 from steering.coverage import build_coverage
 from steering.decide import Connection
-from steering.errors import FieldError, HairpinError, SwitchError, WrongInput
+from steering.errors import HairpinError
 from steering.explain import explain
 from steering.model import Lane, MachineRecord, PolicySet
 from steering.parse import parse_documents, parse_objects, render_documents
@@ -101,6 +107,7 @@ class Management:
         rules: RuleWork,
         in_force: InForce,
         read_inspection: Callable[[], InspectionState | None],
+        watches: Watches,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -112,13 +119,15 @@ class Management:
         self._rules = rules
         self._in_force = in_force
         self._read_inspection = read_inspection
+        self._watches = watches
+        self._coverage = CoverageWork(store, reconciler, watches, self.build_facts)
         self._started = time.time()
         self._change = asyncio.Lock()
         self._first_sample: Sample | None = None
 
     # Health
 
-    def _facts(self) -> Facts:
+    def build_facts(self) -> Facts:
         return Facts(
             name=self._settings.name,
             version=find_version(),
@@ -136,10 +145,14 @@ class Management:
             ingest=self._ingest.status(),
             exporters=tuple(exporter.status() for exporter in self._exporters),
             flows_fault=self._flows.fault,
+            canaries=self._watches.canary.status() if self._watches.canary.configured else None,
+            balances=self._watches.build_balances(),
+            ledger=self._watches.ledger.last,
+            disks=self._watches.disk.states,
         )
 
     async def read_health(self) -> doc.Health:
-        return build_health(self._facts())
+        return build_health(self.build_facts())
 
     # VMs
 
@@ -206,6 +219,7 @@ class Management:
                 report = {"seconds": applied.seconds, "changes": len(bundle.changes)}
                 self._in_force = now_in_force = InForce(number, policies)
                 self._note_snapshot()
+                self.prove("policies applied")
                 await self._store.write(lambda db: record_applied(db, number, done, report))
                 await self._record(
                     "policy.applied",
@@ -236,13 +250,37 @@ class Management:
             warnings.append(
                 f"only the first {render.CHANGES_LIMIT} of {changes} changes are listed"
             )
-        facts = replace(self._facts(), policies=policies)
+        facts = replace(self.build_facts(), policies=policies)
         warnings += [
             f"lane {lane.name} does not inspect right now: its policies fail as onFailure says"
             for lane in facts.lanes
             if not is_inspecting(facts, lane)
         ]
         return (*warnings, *self._reconciler.status.problems)
+
+    def prove(self, cause: str, lane: str | None = None) -> None:
+        """Something changed: prove a lane (None: all) and the ways through the tables again."""
+        self._watches.canary.request(cause, lane)
+        self._watches.ledger.request(cause)
+
+    @property
+    def coverage(self) -> CoverageWork:
+        return self._coverage
+
+    def read_inputs(self) -> Inputs:
+        """What the ledger is held against."""
+        reconciler = self._reconciler
+        return Inputs(
+            policies=self._in_force.policies,
+            revision=self._in_force.number,
+            machines=reconciler.machines(),
+            lanes=reconciler.lanes,
+            forwarding=Forwarding(reconciler),
+        )
+
+    def find_concerned(self, lane_name: str) -> Concerned:
+        """Whom a lane serves, by the policies in force."""
+        return find_concerned(self._in_force.policies, self._reconciler.machines(), lane_name)
 
     def _note_snapshot(self) -> None:
         self._knowledge.add(
@@ -263,45 +301,27 @@ class Management:
 
     # Coverage and explain
 
-    async def read_coverage(self, query: ask.CoverageQuery) -> doc.Coverage:
-        machines = self._reconciler.machines()
-        coverage = await asyncio.to_thread(build_coverage, self._in_force.policies, machines)
-        pairs = [
-            pair
-            for pair in coverage.pairs
-            if (query.status is None or pair.status == query.status)
-            and (
-                query.vm is None
-                or query.vm
-                in (
-                    pair.source.name,
-                    pair.source.vm_id,
-                    pair.destination.name,
-                    pair.destination.vm_id,
-                )
-            )
-        ]
-        page, following = _cut_page(pairs, query.cursor, query.limit)
-        health = build_health(self._facts())
-        return doc.Coverage(
-            summary=render.build_coverage_summary(coverage),
-            gaps=(
-                *(
-                    doc.CoverageGap(reason=problem.reason, mend=problem.mend)
-                    for problem in health.problems
-                ),
-                *await self._count_gaps(),
-            ),
-            items=tuple(render.build_pair(pair) for pair in page),
-            next=following,
-        )
+    async def read_coverage(self, query: ask.CoverageQuery) -> cover.Coverage:
+        return await self._coverage.read_coverage(query)
 
-    async def _count_gaps(self) -> tuple[doc.CoverageGap, ...]:
-        try:
-            counters = await self._reconciler.read_counters()
-        except SwitchError:
-            return ()  # health already tells that the switch is out of reach
-        return render.build_counter_gaps(counters, self._reconciler.machines())
+    async def read_coverage_history(self, query: ask.HistoryQuery) -> cover.CoverageHistory:
+        return await self._coverage.read_history(query)
+
+    async def find_canaries(self, query: ask.CanaryQuery) -> cover.CanaryPage:
+        return await self._coverage.find_canaries(query)
+
+    async def prove_lanes(self) -> cover.LaneProofs:
+        canary = self._watches.canary
+        if not canary.configured:
+            raise Unavailable(
+                "no canary port is configured", "name one in canary.interface (docs/proof.md)"
+            )
+        lanes = self._reconciler.lanes
+        await asyncio.gather(*(canary.prove_asked(lane) for lane in lanes))
+        return cover.LaneProofs(lanes=self._coverage.build_proofs(self.build_facts()))
+
+    async def render_metrics(self) -> bytes:
+        return await self._coverage.render_metrics()
 
     async def explain(self, query: ask.ExplainQuery) -> doc.Explanation:
         connection = Connection(query.family, query.protocol, query.port)
@@ -313,7 +333,7 @@ class Management:
             query.destination,
             connection,
         )
-        facts = self._facts()
+        facts = self.build_facts()
         return render.build_explanation(
             found, inspecting=found.lane is not None and is_inspecting(facts, found.lane)
         )
@@ -327,7 +347,7 @@ class Management:
         lanes = [
             lane for lane in self._settings.build_lanes() if query.lane in (None, lane.profile)
         ]
-        start = _parse_cursor(query.cursor)
+        start = parse_cursor(query.cursor)
         wanted = start + query.limit + 1
 
         def find(lane: Lane) -> list[doc.Rule]:
@@ -337,7 +357,7 @@ class Management:
             return [render.build_rule(lane, info) for info in found]
 
         rules = [rule for lane in lanes for rule in await asyncio.to_thread(find, lane)]
-        page, following = _cut_page(rules, query.cursor, query.limit)
+        page, following = cut_page(rules, query.cursor, query.limit)
         return doc.RulePage(items=tuple(page), next=following)
 
     async def start_rules_update(self) -> doc.UpdateJob:
@@ -382,8 +402,8 @@ class Management:
             port=query.port,
             application=query.application,
             treatment=query.treatment,
-            since=_seconds(query.since),
-            until=_seconds(query.until),
+            since=read_seconds(query.since),
+            until=read_seconds(query.until),
         )
         page = await stored.find_flows(self._store, wanted, query.cursor, limit=query.limit)
         return doc.FlowPage(
@@ -433,7 +453,7 @@ class Management:
 
     async def find_events(self, query: ask.EventQuery) -> doc.EventPage:
         wanted = stored.EventFilter(
-            kind=query.kind, since=_seconds(query.since), until=_seconds(query.until)
+            kind=query.kind, since=read_seconds(query.since), until=read_seconds(query.until)
         )
         page = await stored.find_events(self._store, wanted, query.cursor, limit=query.limit)
         return doc.EventPage(
@@ -443,10 +463,6 @@ class Management:
     async def _record(self, kind: str, severity: str, message: str) -> None:
         at = time.time()
         await self._store.write(lambda db: record_event(db, at, kind, severity, message))
-
-
-def _seconds(moment: datetime | None) -> float | None:
-    return None if moment is None else moment.timestamp()
 
 
 def _build_alert_filter(query: ask.AlertFilter) -> stored.AlertFilter:
@@ -459,21 +475,6 @@ def _build_alert_filter(query: ask.AlertFilter) -> stored.AlertFilter:
         verdict=Verdict(query.verdict) if query.verdict else None,
         signature=query.sid,
         cve=query.cve,
-        since=_seconds(query.since),
-        until=_seconds(query.until),
+        since=read_seconds(query.since),
+        until=read_seconds(query.until),
     )
-
-
-def _parse_cursor(cursor: str | None) -> int:
-    if cursor is None:
-        return 0
-    if not cursor.isdecimal() or len(cursor) > 9:
-        raise WrongInput([FieldError("cursor", "not a cursor of this list")])
-    return int(cursor)
-
-
-def _cut_page(items: Sequence[T], cursor: str | None, limit: int) -> tuple[Sequence[T], str | None]:
-    """One page of a list that is made anew for each request; the cursor is a position in it."""
-    start = _parse_cursor(cursor)
-    end = start + limit
-    return items[start:end], str(end) if end < len(items) else None

@@ -11,6 +11,7 @@ import pytest
 from steering.errors import WrongInput
 from steering.fields import (
     KINDS,
+    MAX_ADDRESSES,
     MAX_MACHINES,
     MAX_PEERS,
     MAX_POLICIES,
@@ -57,5 +58,6 @@ def test_every_block_is_an_example_and_all_words_and_bounds_are_named() -> None:
         f"1 to {MAX_PEERS} peers",
         f"1 to {MAX_SERVICES} of",
         f"up to {MAX_TAGS} keys",
+        f"up to {MAX_ADDRESSES} addresses",
     ):
         assert phrase in PAGE
