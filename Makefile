@@ -2,12 +2,13 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 UV ?= uv
 BIN := $(VENV)/bin
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-find-links
 
-.PHONY: help setup demo test test-unit check lock clean
+.PHONY: help setup demo test test-unit check chaos chaos-quick lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -29,6 +30,12 @@ test: check  ## all the checks and all the tests, those in the lab too
 
 test-unit: setup  ## the tests that need no lab
 	$(BIN)/python -m pytest -m 'not lab' tests/unit tests/golden $(PYTEST_ARGS)
+
+chaos: setup  ## faults on real parts, each with its figures (half an hour): build/chaos.json
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+chaos-quick: setup  ## a part of it, in under five minutes: build/chaos-quick.json
+	$(BIN)/python -m tests.chaos --quick --tries 2 $(CHAOS_ARGS)
 
 lock:  ## lock the dependencies again (needs uv; UPGRADE=--upgrade takes newer ones)
 	$(COMPILE) $(UPGRADE) -o requirements.lock pyproject.toml
