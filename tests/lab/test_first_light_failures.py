@@ -84,7 +84,7 @@ def whole_again(appliance: Appliance) -> Iterator[None]:
     yield
     assert wait_until(
         lambda: appliance.is_ready() and appliance.api("/health").document["status"] == "ok", 30
-    ), appliance.api("/health").document
+    ), appliance.api("/health").document["problems"]
 
 
 class Call:

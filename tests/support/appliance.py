@@ -214,7 +214,8 @@ class Appliance:
             text = answer.read()
         finally:
             peer.close()
-        found = json.loads(text) if text else None
+        plain = not answer.headers.get_content_type().endswith("json")
+        found = text.decode() if plain else json.loads(text) if text else None
         return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, found)
 
     def is_ready(self) -> bool:
