@@ -151,6 +151,9 @@ def test_balance_closes_over_the_death_of_an_engine(lab: LabState) -> None:
         pid = state.lanes[0].pid
         assert pid is not None
         assert Path(f"/proc/{pid}/comm").read_text().startswith("Suricata")
+        # Held for a moment: a new engine is often there before BFD misses the old one.
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.6)
         os.kill(pid, signal.SIGKILL)
         found += reader.watch(20)
     found += reader.watch(4)

@@ -178,6 +178,8 @@ def test_a_lane_fails_alone_and_as_its_policies_say(
     status = appliance.attack("web-1", PAIRS[profile, "closed"]).status
     assert status == (BLOCKED if profile == "prevent" else 0)
     assert appliance.wait_alerts(before)[0]["lane"] == profile
+    # An event is kept when the management service has read what passed meanwhile.
+    assert wait_until(lambda: bool(appliance.find_events("lane.down", started)), 10)
     events = appliance.find_events("lane.down", started)
     assert [event["subject"] for event in events] == [f"lane {profile}"]
 
