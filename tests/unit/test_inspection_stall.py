@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from appliance.inspection.heartbeat import STALLED_LIMIT, Beat, find_hang
 from appliance.inspection.rulesets import Ruleset, Rulesets
-from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore, build_revision
+from appliance.rules.store import COPIES, CURRENT, LAST_GOOD, RuleStore, build_revision
 from steering.model import Profile
 
 
@@ -101,6 +101,26 @@ def test_damaged_ruleset_is_never_started_on(store: RuleStore, damage: str) -> N
     write(store, "alert old\n")
     store.rules_file(Profile.PREVENT, old).write_text("x")
     assert isinstance(rulesets.find_whole(), str)
+
+
+def test_damaged_ruleset_is_started_on_by_its_copy_while_that_is_whole(store: RuleStore) -> None:
+    """The same rules, so nothing is below the floor, nor any older set needed, until `serve` mends the file."""
+    rulesets = Rulesets(store.root, Profile.PREVENT)
+    write(store, "alert old\n", LAST_GOOD)
+    new = write(store, "alert new\n", CURRENT)
+    copy = store.profile_dir(Profile.PREVENT) / COPIES / new / "suricata.rules"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("alert new\n")
+    store.rules_file(Profile.PREVENT, new).write_text("")
+    assert rulesets.find_whole() == Ruleset(copy.absolute(), new, 0)
+    # What the engine refused is not tried again under another name.
+    fallback = rulesets.find_whole(refused=new)
+    assert isinstance(fallback, Ruleset)
+    assert fallback.revision != new
+    copy.write_text("alert ne")
+    torn = rulesets.find_whole()
+    assert isinstance(torn, Ruleset)
+    assert torn.revision != new
 
 
 def test_an_engine_that_gives_packets_back_is_not_stuck_though_some_always_wait() -> None:
