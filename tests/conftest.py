@@ -27,5 +27,11 @@ settings.load_profile("hairpin")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs no lab runs first: it is quick, and tells of a fault sooner. Else the order stays."""
+    """What needs no lab runs first: it is quick, and tells of a fault sooner. Else the order stays.
+
+    A lab test that fails is run once more, and the summary names it (RERUN): see docs/decisions.md.
+    """
     items.sort(key=lambda item: item.get_closest_marker("lab") is not None)
+    for item in items:
+        if item.get_closest_marker("lab") is not None:
+            item.add_marker(pytest.mark.flaky(reruns=1))

@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from appliance.api.documents import Alert, ApiDocument, ProblemDocument
 from appliance.api.problems import MEDIA_TYPE as PROBLEM
 from appliance.api.queries import ETAGS_PATTERN, EVENT_ID_PATTERN, Query
-from appliance.api.routes import EVENT_STREAM, EVERY_PROBLEM, YAML, Route
+from appliance.api.routes import EVENT_STREAM, EVERY_PROBLEM, JSON, YAML, Route
 
 _MEANINGS = {
     200: "As asked.",
@@ -98,7 +98,10 @@ def _render_operation(
     def build_content(model: type[ApiDocument] | None) -> dict[str, Any]:
         if route.media_type == EVENT_STREAM:
             return {EVENT_STREAM: {"schema": _render_event_schema(found)}}
-        schema = {"type": "object"} if model is None else found[(model, "serialization")]
+        if model is not None:
+            schema = found[(model, "serialization")]
+        else:
+            schema = {"type": "object" if route.media_type == JSON else "string"}
         return {route.media_type: {"schema": schema}}
 
     responses: dict[str, Any] = {}

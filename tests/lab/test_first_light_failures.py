@@ -81,11 +81,17 @@ def appliance(module_lab: LabState, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def whole_again(appliance: Appliance) -> Iterator[None]:
+    wait_whole(appliance)
     yield
+    wait_whole(appliance)
+
+
+def wait_whole(appliance: Appliance) -> None:
     assert wait_until(
         lambda: appliance.is_ready() and appliance.api("/health").document["status"] == "ok", 30
     ), appliance.api("/health").document["problems"]
-    # A lane that is down again soon is the same failure that goes on: let the last one end first.
+    # A lane that is down again soon is the same failure that goes on: let the last one end first,
+    # that of the lane's start too.
     assert wait_until(
         lambda: all(one.get("ended") for one in appliance.find_events("lane.down", 0)), 30
     )
