@@ -35,7 +35,7 @@ chaos: setup  ## faults on real parts, each with its figures (half an hour): bui
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 chaos-quick: setup  ## a part of it, in under five minutes: build/chaos-quick.json
-	$(BIN)/python -m tests.chaos --quick --tries 2 $(CHAOS_ARGS)
+	$(BIN)/python -m tests.chaos --quick --tries 3 $(CHAOS_ARGS)
 
 lock:  ## lock the dependencies again (needs uv; UPGRADE=--upgrade takes newer ones)
 	$(COMPILE) $(UPGRADE) -o requirements.lock pyproject.toml

@@ -207,6 +207,10 @@ def main() -> int:
     if status == 0:
         status = 0 if all(row.met for row in campaign.rows) else 1
     print(json.dumps(documents, indent=1) if told.json else render_table(documents))
+    # Last, so that whoever keeps only the end of the output has it.
+    for row in campaign.rows:
+        for missed in row.missed:
+            print(f"missed: {row.name} ({row.mode}): {missed}", file=sys.stderr)
     return status
 
 

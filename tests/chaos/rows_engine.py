@@ -15,10 +15,16 @@ from tests.chaos.stage import EngineWatch, Stage
 OPEN_WITHIN = 0.2
 BACK_WITHIN = 1.0
 ENGINE = "engine-prevent"
-SWEEP_SECONDS = 0.5
-"""OVS gives what it sent between two sweeps of its revalidators (max-revalidator, 500 ms) to the bucket that
+SWEEP_SECONDS = 0.75
+"""OVS gives what it sent between two sweeps of its revalidators to the bucket that lives at the sweep: at
 
-lives at the sweep: at each failover, there and back, so much traffic may be told of the wrong bucket.
+each failover, there and back, so much traffic may be told of the wrong bucket. A sweep begins
+max-revalidator (500 ms) after the last one ended, and later where the cores are busy: seen up to 0.54 s.
+"""
+UNNOTICED_SECONDS = 0.3
+"""An engine that is back sooner is no failure of its lane: BFD needs three silent intervals, and what the
+
+queue's listener was not there for was dropped in both modes.
 """
 
 
@@ -43,11 +49,12 @@ def build_rows(
         # Not before the engine's return: nobody inspects then.
         back = max([0.0, *(moment - returned for moment in uninspected)])
         figures["inspection_back_s"] = round(back, 3)
+        unnoticed = detected is None and returned - struck < UNNOTICED_SECONDS
         if mode == "closed":
             figures["carried_again_s"] = round(pause - (returned - struck), 2)
             missed = check(
                 (not uninspected, f"{len(uninspected)} hostile packets were delivered"),
-                (detected is not None, "no event tells that the lane was down"),
+                (detected is not None or unnoticed, "no event tells that the lane was down"),
             )
             found.append(Row(name, mode, CLOSED_GOAL, figures, missed))
         else:
@@ -60,7 +67,7 @@ def build_rows(
                 (pause <= OPEN_WITHIN, f"passed again after {pause * 1000:.0f} ms"),
                 (back <= BACK_WITHIN, f"inspected again {back:.2f} s after the engine's return"),
                 (
-                    told is not None and abs(told - seen) <= edge,
+                    (unnoticed and not seen) or (told is not None and abs(told - seen) <= edge),
                     f"the event tells of {told} uninspected packets, {seen} were seen",
                 ),
                 (inspected_again, "nothing was delivered after the engine's return"),
