@@ -419,6 +419,13 @@ class Reconciler:
                 full_check_due = 0.0
                 await asyncio.sleep(RETRY_SECONDS)
                 self._wake.set()
+            except Exception as fault:
+                # Whatever it was, the switch must not be left to itself: told, and tried again.
+                log.exception("not reconciled")
+                self._lose(f"a fault of Hairpin's own: {type(fault).__name__}: {fault}")
+                full_check_due = 0.0
+                await asyncio.sleep(GROUP_CHECK_SECONDS)
+                self._wake.set()
 
     async def _wait(self, seconds: float) -> bool:
         try:

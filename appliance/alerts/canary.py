@@ -17,6 +17,9 @@ from appliance.alerts.history import find_rows
 from appliance.alerts.model import EveAlert, Verdict
 from steering.canary import HOSTILE, SID
 
+FAILED_KEPT = 100_000
+"""Probes; of the older ones those that failed are forgotten, too: six days of failing each 5 s."""
+
 _PAYLOAD = re.compile(
     rf"{HOSTILE} [0-9a-f]{{16}} (?P<nonce>[0-9a-f]{{32}}) (?P<part>[a-z0-9-]{{4,32}})"
 )
@@ -113,8 +116,12 @@ def find_probes(
 
 
 def remove_probes(db: Database, before: float) -> int:
-    """Forget probes older than ``before``, those that failed excepted: they are history."""
-    return db.execute("DELETE FROM canaries WHERE at < ? AND result = 'passed'", (before,)).rowcount
+    """Forget probes older than ``before``; those that failed are history, of which so many are kept."""
+    return db.execute(
+        "DELETE FROM canaries WHERE at < ? AND (result = 'passed' OR id <= "
+        "(SELECT max(id) FROM canaries) - ?)",
+        (before, FAILED_KEPT),
+    ).rowcount
 
 
 _SELECT = (

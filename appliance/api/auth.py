@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -50,21 +51,32 @@ def ensure_token(path: Path) -> str:
 
     Raises HairpinError as `read_token`, and when others than its owner may use the file.
     """
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        token = read_token(path)
-        if path.stat().st_mode & 0o077:
+    if not os.path.lexists(path):
+        try:
+            _make_token(path)
+        except OSError as fault:
             raise HairpinError(
-                f"the token file {path} may be used by others than its owner",
-                f"chmod 600 {path}; if others could read it, remove it, and restart the service",
-            ) from None
-        return token
-    except OSError as fault:
+                f"the token file {path} can't be made: {fault.strerror}",
+                f"make the directory {path.parent} writable for the service",
+            ) from fault
+    token = read_token(path)
+    if path.stat().st_mode & 0o077:
         raise HairpinError(
-            f"the token file {path} can't be made: {fault.strerror}",
-            f"make the directory {path.parent} writable for the service",
-        ) from fault
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
-    return read_token(path)
+            f"the token file {path} may be used by others than its owner",
+            f"chmod 600 {path}; if others could read it, remove it, and restart the service",
+        )
+    return token
+
+
+def _make_token(path: Path) -> None:
+    """By a link, not a rename: it is there whole or not at all, and never in the place of another."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.unlink(missing_ok=True)
+    try:
+        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

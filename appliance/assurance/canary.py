@@ -260,7 +260,10 @@ class CanaryWatch:
     async def _send_and_judge(
         self, lane: Lane, nonce: str, probe_id: int, began: float
     ) -> tuple[Judgement, float | None]:
-        token = self._sources.find_token(lane)
+        try:
+            token = self._sources.find_token(lane)
+        except HairpinError as fault:
+            return Judgement(Stage.RULESET, fault.reason), None
         if token is None:
             reason = "the ruleset in force has no canary's rule; `hairpin rules update`"
             return Judgement(Stage.RULESET, reason), None
@@ -334,7 +337,7 @@ class CanaryWatch:
 
     def _find_engine(self, lane: Lane) -> LaneState | None:
         state = self._sources.read_inspection()
-        if state is None or self._clock() - state.updated > 5.0:
+        if state is None or abs(self._clock() - state.updated) > 5.0:
             return None
         return next((one for one in state.lanes if one.number == lane.number), None)
 

@@ -26,6 +26,7 @@ from appliance.commands.output import (
     render_time,
 )
 from appliance.commands.reading import show_next
+from steering.errors import FieldError, WrongInput
 
 VIOLATIONS_SHOWN = 10
 
@@ -45,6 +46,8 @@ def show_coverage(
     token_file: options.TokenFile = None,
 ) -> None:
     """Show which pairs of VMs are inspected, direct, denied or blind, and the proof that it is so."""
+    if history and (vm is not None or status is not None):
+        raise WrongInput([FieldError("--history", "takes neither --vm nor --status")])
     client = open_client(url, token_file)
     if history:
         past = client.read_coverage_history({"limit": limit, "cursor": cursor})

@@ -14,6 +14,9 @@ from appliance.inspection import files
 from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore
 from steering.model import Profile
 
+UNLOADABLE = "the engine does not load the ruleset"
+"""How the fault begins of an engine that was started on the ruleset before the one in force."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
@@ -46,7 +49,7 @@ class Rulesets:
         if whole and current != refused:
             return in_force
         if whole:
-            reason = f"the engine does not load the ruleset at {linked}"
+            reason = f"{UNLOADABLE} at {linked}"
         elif files.read_fingerprint(linked) is not None:
             reason = f"the ruleset at {linked} was changed or torn"
         else:
@@ -80,6 +83,11 @@ class Rulesets:
         revisions = (self.store.find_linked(self.profile, link) for link in (CURRENT, LAST_GOOD))
         wanted = [self.find_wanted(one) for one in revisions if one is not None]
         return min((count for count in wanted if count), default=1)
+
+    def find_wanted_now(self) -> int:
+        """How many rules the one in force should give an engine; 0: not known."""
+        current = self.store.find_linked(self.profile, CURRENT)
+        return self.find_wanted(current) if current is not None else 0
 
     def find_wanted(self, revision: str) -> int:
         """How many rules the trial loaded from a revision; 0 when its report can't be read."""

@@ -50,6 +50,8 @@ START_LIMIT = 300.0
 TEST_LIMIT = 300.0
 STOP_GRACE = 8.0
 BEAT = 1.0
+LOST_TOLD_SECONDS = 600.0
+"""Seconds after the last EVE file that was deleted unread, until that no longer is a present fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class LaneSupervisor:
         self._refused = ""
         self._judged: tuple[object, ...] = ()
         self._log_start = 0
+        self._lost_at = 0.0
         self._counters: EngineCounters | None = None
 
     def build_state(
@@ -346,7 +349,10 @@ class LaneSupervisor:
 
     async def _is_outdated(self, process: EngineProcess) -> bool:
         """Whether an adopted engine runs another configuration, and the new one is known to work."""
-        if process.record.config == self._digest or self._refused == self._digest:
+        if process.record.config == self._digest:
+            self.faults.mend("configuration", time.time())
+            return False
+        if self._refused == self._digest:
             return False
         try:
             await self._test()
@@ -414,8 +420,25 @@ class LaneSupervisor:
         elif changed:
             self._on_change()
 
+    async def _look_for_rules(self) -> None:
+        """A start's faults are over when what is in force is whole, and was loaded, all of it."""
+        if self._ruleset is None or not (self._ruleset.fault or self._short):
+            return
+        wanted = self._rulesets.find_wanted_now()
+        present = self._rulesets.read_fingerprints()
+        if not wanted or wanted != self._rules[0] or present == self._judged:
+            return
+        found = await asyncio.to_thread(self._rulesets.find_whole)
+        if isinstance(found, str) or found.fault:
+            return
+        self._ruleset, self._judged, self._short = found, present, 0
+        for kind in ("ruleset", "short"):
+            self.faults.mend(kind, time.time())
+        self._on_change()
+
     async def _tend(self) -> None:
-        """Bound the files that grow."""
+        """Bound the files that grow, and see what is mended."""
+        await self._look_for_rules()
         files.trim_log(self.paths.log)
         rotated = files.rotate_eve(self.paths.eve, self.settings.inspection.eve_limit_bytes)
         if rotated or not self.paths.eve.exists():
@@ -426,6 +449,9 @@ class LaneSupervisor:
                 f"{len(lost)} EVE files were deleted unread, the last {lost[-1].name}",
                 "see why the management service does not read them (`hairpin doctor`)",
             )
+            self._lost_at = time.monotonic()
+        elif time.monotonic() - self._lost_at > LOST_TOLD_SECONDS:
+            self.faults.mend("events lost", time.time())
 
     async def _reopen_logs(self) -> None:
         try:

@@ -130,7 +130,7 @@ def _is_disproved(facts: Facts, lane: Lane) -> bool:
 
 def _find_engine(facts: Facts, lane: Lane) -> LaneState | None:
     state = facts.inspection
-    if state is None or facts.now - state.updated > FRESH_SECONDS:
+    if state is None or abs(facts.now - state.updated) > FRESH_SECONDS:
         return None
     return next((one for one in state.lanes if one.number == lane.number), None)
 

@@ -16,7 +16,8 @@ import structlog
 
 from appliance.api import documents as doc
 from appliance.assurance.canary import CanaryWatch
-from appliance.inspection.publish import EngineState, InspectionState
+from appliance.inspection.publish import EngineState, InspectionState, LaneState
+from appliance.inspection.rulesets import UNLOADABLE
 from appliance.inspection.socket import check_reload, reload_rules
 from appliance.management.render import build_lane_rules
 from appliance.rules.model import ReloadVerdict, UpdateReport, UpdateRunning
@@ -173,24 +174,35 @@ class RuleWork:
         told = ""
         while True:
             try:
-                restored = await self.pipeline.ensure()
-            except UpdateRunning:
-                restored = ()
-            except HairpinError as fault:
-                if told != fault.reason:
-                    log.error("no ruleset", reason=fault.reason, mend=fault.mend)
-                    await self._record(
-                        "rules.failed", "error", f"no ruleset could be made: {fault.reason}"
-                    )
-                told = fault.reason
-            else:
-                told = ""
-            for profile in restored:
-                await self._restore(profile)
+                told = await self._keep_whole(told)
+            except (HairpinError, OSError) as fault:
+                # A disk that is full, most likely: what is in force stays, and it is tried again.
+                log.error("rulesets not looked after", reason=str(fault))
             await asyncio.sleep(KEEP_SECONDS)
 
+    async def _keep_whole(self, told: str) -> str:
+        """Once; ``told`` is the failure that was told of last, and the present one is given back."""
+        try:
+            restored = await self.pipeline.ensure()
+        except UpdateRunning:
+            return told
+        except (HairpinError, OSError) as fault:
+            reason = fault.reason if isinstance(fault, HairpinError) else str(fault)
+            if told != reason:
+                log.error("no ruleset", reason=reason)
+                await self._record("rules.failed", "error", f"no ruleset could be made: {reason}")
+            return reason
+        for profile in restored:
+            await self._restore(profile)
+        return ""
+
     async def reload_lane(self, lane: Lane) -> None:
-        """A canary showed that its engine does not run the ruleset in force: have it load that."""
+        """A canary showed that its engine does not run the ruleset in force: have it load that.
+
+        Not one that its supervisor saw it refuse: it inspects by the one before, which is told.
+        """
+        if self._is_unloadable(lane):
+            return
         path = self._settings.rules_dir / lane.profile / "current" / "suricata.rules"
         verdict = await self._reload(lane.profile, path)
         done = "and has it again" if verdict.accepted else f"and was not mended: {verdict.reason}"
@@ -209,8 +221,15 @@ class RuleWork:
         await self._record("rules.restored", "error", text)
 
     def _is_running(self, lane: Lane) -> bool:
+        engine = self._find_engine(lane)
+        return engine is not None and engine.state is EngineState.RUNNING
+
+    def _is_unloadable(self, lane: Lane) -> bool:
+        engine = self._find_engine(lane)
+        faults = engine.faults if engine else ()
+        return any(one.mended is None and one.reason.startswith(UNLOADABLE) for one in faults)
+
+    def _find_engine(self, lane: Lane) -> LaneState | None:
         inspection = self._read_inspection()
         engines = inspection.lanes if inspection else ()
-        return any(
-            one.number == lane.number and one.state is EngineState.RUNNING for one in engines
-        )
+        return next((one for one in engines if one.number == lane.number), None)

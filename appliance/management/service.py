@@ -22,7 +22,7 @@ from appliance.alerts.history import (
 )
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.model import Verdict
-from appliance.alerts.store import Store
+from appliance.alerts.store import Store, StoreError
 from appliance.api import coverage as cover
 from appliance.api import documents as doc
 from appliance.api import queries as ask
@@ -60,6 +60,9 @@ from steering.reconcile import Reconciler
 log = structlog.get_logger("management")
 
 T = TypeVar("T")
+
+NOTE_SECONDS = 5.0
+"""For which a change waits for the store to note that it is in force."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class Management:
         self._started = time.time()
         self._change = asyncio.Lock()
         self._first_sample: Sample | None = None
+        self._notings: set[asyncio.Task[None]] = set()
 
     # Health
 
@@ -220,13 +224,14 @@ class Management:
                 self._in_force = now_in_force = InForce(number, policies)
                 self._note_snapshot()
                 self.prove("policies applied")
-                await self._store.write(lambda db: record_applied(db, number, done, report))
-                await self._record(
-                    "policy.applied",
-                    "info",
+                text = (
                     f"revision {number} is on the switch: {len(bundle.changes)} changes in "
-                    f"{applied.seconds:.3f} s",
+                    f"{applied.seconds:.3f} s"
                 )
+                noting = asyncio.create_task(self._note_applied(number, done, report, text))
+                self._notings = {noting, *(one for one in self._notings if not one.done())}
+                # What is on the switch is in force, whatever the store says.
+                await asyncio.wait({noting}, timeout=NOTE_SECONDS)
             pairs = await asyncio.to_thread(
                 lambda: render.build_pair_changes(
                     build_coverage(before, self._reconciler.machines(before)),
@@ -244,8 +249,29 @@ class Management:
             warnings=self._build_warnings(policies, len(bundle.changes)),
         )
 
+    async def _note_applied(
+        self, number: int, at: float, report: dict[str, Any], text: str
+    ) -> None:
+        """Until the store takes it: after a restart the revision before would be in force else."""
+        while True:
+            try:
+                await self._store.write(lambda db: record_applied(db, number, at, report))
+                break
+            except StoreError as fault:
+                log.error("revision not noted as applied", revision=number, reason=fault.reason)
+                await asyncio.sleep(1.0)
+        try:
+            await self._record("policy.applied", "info", text)
+        except StoreError as fault:
+            log.error("event not stored", text=text, reason=fault.reason)
+
     def _build_warnings(self, policies: PolicySet, changes: int) -> tuple[str, ...]:
         warnings = []
+        if any(not one.done() for one in self._notings):
+            warnings.append(
+                "in force, but the store does not take it yet (`hairpin doctor`): after a restart "
+                "before it does, the revision before would be in force"
+            )
         if changes > render.CHANGES_LIMIT:
             warnings.append(
                 f"only the first {render.CHANGES_LIMIT} of {changes} changes are listed"

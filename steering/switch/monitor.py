@@ -38,8 +38,13 @@ class FlowMonitor:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 await self._watch()
+            except OSError as fault:
+                log.warning("flow monitor ended", reason=str(fault))
+            except Exception:
+                # What it told before may be wrong: all is read anew, and it is followed again.
+                log.exception("flow monitor failed")
             self._on_change()
             await asyncio.sleep(0.2)
 

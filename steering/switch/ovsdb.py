@@ -289,6 +289,11 @@ class OvsdbMonitor:
                 log.warning("ovsdb lost", remote=self._remote, reason=str(fault))
                 self._on_view(None)
                 self._stop.wait(0.3)
+            except Exception:
+                # A thread that ended would leave its last view standing for the present one.
+                log.exception("ovsdb not followed", remote=self._remote)
+                self._on_view(None)
+                self._stop.wait(1.0)
 
     def _follow(self, schema: Any) -> None:
         """Until stopped or disconnected. A new IDL is cheap, and is free of a stale replica."""

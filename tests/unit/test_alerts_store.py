@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sqlite_utils import Database
 
+from appliance.alerts import canary
 from appliance.alerts.history import record_event
 from appliance.alerts.store import Store, StoreError
 
@@ -125,3 +126,20 @@ async def test_a_full_database_is_told_as_such_and_recovers(store: Store) -> Non
     await store.write(lambda db: record_event(db, 1.0, "a.b", "info", "x"))
     assert await store.read(count_events) == before + 1
     assert await store.read(lambda db: db.execute("PRAGMA integrity_check").fetchall()) == [("ok",)]
+
+
+async def test_old_canaries_are_forgotten_and_failed_ones_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "FAILED_KEPT", 3)
+
+    def fill(db: Database) -> None:
+        for at in range(6):
+            probe = canary.record_probe(db, float(at), "prevent", "schedule", f"{at:032x}")
+            canary.record_result(db, probe, at + 0.5, passed=at in (0, 4))
+        canary.remove_probes(db, 5.0)
+
+    await store.write(fill)
+    left = await store.read(lambda db: canary.find_probes(db))
+    # The passed one of 4.0 and what failed long ago are gone; the last three but it stay.
+    assert [probe.at for probe in left] == [5.0, 3.0]

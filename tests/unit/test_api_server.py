@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -353,6 +354,13 @@ def test_the_token_is_made_once_and_is_private(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     assert check_token(f"bearer {token}", token)
     assert not check_token(token, token)
+
+
+def test_a_start_that_was_killed_leaves_no_token_without_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    (tmp_path / f".token.{os.getpid()}").touch()
+    assert len(ensure_token(path)) > 40
+    assert [entry.name for entry in tmp_path.iterdir()] == ["token"]
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o640, 0o620, 0o644])

@@ -248,6 +248,7 @@ def test_checking_works_without_a_service(
         "alerts --verdict maybe",
         "alerts --since yesterday",
         "alerts --follow --id 3",
+        "coverage --history --vm web-1",
         "explain web1",
         "explain web1 app1 --port 70000",
         "policy apply /nonexistent/file",

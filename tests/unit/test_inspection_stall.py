@@ -131,3 +131,11 @@ def test_an_engine_that_gives_packets_back_is_not_stuck_though_some_always_wait(
 
     assert find_hang(build(20)) is None
     assert "left packets waiting" in (find_hang(build(0)) or "")
+
+
+def test_how_many_rules_the_one_in_force_gives(store: RuleStore) -> None:
+    rulesets = Rulesets(store.root, Profile.PREVENT)
+    assert rulesets.find_wanted_now() == 0
+    write(store, "alert new\n", CURRENT)
+    # Nobody tried it: not known.
+    assert rulesets.find_wanted_now() == 0
