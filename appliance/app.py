@@ -144,6 +144,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         lanes,
         settings.engine_socket,
         reconciler.is_down,
+        reconciler.has_links,
         read_inspection,
         Reviver(settings.switch.ovsdb).revive,
     )

@@ -155,6 +155,11 @@ class Reconciler:
         """
         return self._lost is None and self._forwarding.get(lane.name) is False
 
+    def has_links(self, lane: Lane) -> bool:
+        """Whether both legs' links are up; while one is down, nothing brings BFD back."""
+        links = {leg.interface: leg.link_up for leg in self._view.legs} if self._view else {}
+        return all(links.get(leg.interface, False) for leg in (lane.leg_a, lane.leg_b))
+
     @property
     def flaps(self) -> dict[str, int]:
         """By lane name: how often BFD changed on its legs since they were set up; from 0 again after a

@@ -2,7 +2,8 @@
 
 Without it BFD finds the path whole after one to two seconds; the lane would stay closed, or open and
 uninspected, for that long. An engine has returned when it answers its command socket after a silence,
-or when another engine answers, which `hairpin inspect` says has its rules.
+or when another engine answers, which `hairpin inspect` says has its rules. The same is done when the
+link of a leg comes back.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ LOOK_SECONDS = 0.1
 ANSWER_SECONDS = 0.15
 AGAIN_SECONDS = (0.4, 30.0)
 """How long after a revival that brought nothing the next one is tried, and at most."""
-QUICK_TRIES = 20
-"""So many are tried before the pauses grow: the engine answers, and it may be a link that comes back."""
+QUICK_TRIES = 2
+"""So many are tried before the pauses grow. While sessions are off the switch takes the path for whole, so
+
+each try costs *open* some packets, and lets the switch's counts of a failure go astray.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +76,14 @@ class ReviveWatch:
         lanes: Sequence[Lane],
         find_socket: Callable[[Lane], Path],
         is_down: Callable[[Lane], bool],
+        has_links: Callable[[Lane], bool],
         read_inspection: Callable[[], InspectionState | None],
         revive: Callable[[Lane], Awaitable[None]],
     ) -> None:
         self._lanes = tuple(lanes)
         self._find_socket = find_socket
         self._is_down = is_down
+        self._has_links = has_links
         self._read_inspection = read_inspection
         self._revive = revive
 
@@ -89,8 +95,9 @@ class ReviveWatch:
     async def _watch(self, lane: Lane) -> None:
         before, tried = Sight(None, False), Tried()
         while True:
-            if not self._is_down(lane):
-                # It answers while frames pass: only a silence from now on is one.
+            if not self._is_down(lane) or not self._has_links(lane):
+                # It answers while frames pass: only a silence from now on is one. And a link's return
+                # counts as an engine's: before it nothing can be revived.
                 before, tried = Sight(None, False), Tried()
             else:
                 now = await self._look(lane)

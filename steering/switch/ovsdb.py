@@ -50,12 +50,13 @@ class LegState:
     """Whether BFD says that the path through the lane's engine is whole, as one leg sees it.
 
     ``flaps``: how often that changed since BFD was set up on the leg (ovs-vswitchd.conf.db(5),
-    bfd_status:flap_count).
+    bfd_status:flap_count). ``link_up``: its carrier; a leg's other end that is set down takes it, too.
     """
 
     interface: str
     forwarding: bool
     flaps: int = 0
+    link_up: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,12 @@ def build_view(
             )
         seen[port.mac] = port.interface
     legs = tuple(
-        LegState(name, _is_forwarding(interfaces.get(name)), _find_flaps(interfaces.get(name)))
+        LegState(
+            name,
+            _is_forwarding(interfaces.get(name)),
+            _find_flaps(interfaces.get(name)),
+            _has_link(interfaces.get(name)),
+        )
         for name in sorted(wanted_legs)
     )
     observed = Observed(
@@ -247,6 +253,10 @@ def _find_canary_problems(
 
 def _is_forwarding(interface: Any) -> bool:
     return interface is not None and interface.bfd_status.get("forwarding") == "true"
+
+
+def _has_link(interface: Any) -> bool:
+    return interface is not None and _first(interface.link_state, "up") != "down"
 
 
 def _find_flaps(interface: Any) -> int:
