@@ -156,10 +156,18 @@ def choose(names: Sequence[str], quick: bool) -> list[Fault]:
 
 
 def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The old rows with those that were measured again replaced, and others added."""
-    fresh = {(row["name"], row["mode"]): row for row in new}
-    kept = [fresh.pop((row["name"], row["mode"]), row) for row in old]
-    return [*kept, *fresh.values()]
+    """The old rows with those of faults that were measured again replaced, and others added.
+
+    All rows of such a fault: one that could not be measured has one row instead of a row for each mode.
+    """
+    fresh: dict[str, list[dict[str, Any]]] = {}
+    for row in new:
+        fresh.setdefault(row["name"], []).append(row)
+    again = set(fresh)
+    merged = []
+    for row in old:
+        merged += fresh.pop(row["name"], []) if row["name"] in again else [row]
+    return [*merged, *(row for rows in fresh.values() for row in rows)]
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

@@ -43,7 +43,9 @@ def test_the_page_keeps_what_stands_around_the_table() -> None:
 def test_rows_measured_again_take_the_place_of_the_old_ones() -> None:
     again = {**BAD, "met": True}
     other = {**GOOD, "name": "other"}
-    assert merge([GOOD, BAD], [again, other]) == [GOOD, again, other]
+    # All rows of the fault give way: what could not be measured the last time had one, of no mode.
+    assert merge([GOOD, BAD], [again, other]) == [again, other]
+    assert merge([other, GOOD, BAD], [again]) == [other, again]
 
 
 def test_rows_are_chosen_by_a_part_of_their_name() -> None:
