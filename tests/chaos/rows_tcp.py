@@ -13,8 +13,7 @@ from typing import Any
 
 from tests.chaos import connections
 from tests.chaos.registry import TCP_GOAL, Row, check, fault
-from tests.chaos.stage import MODES, SENDER, TARGETS, TCP_TEXT, EngineWatch, Stage, expect
-from tests.support.lab import wait_until
+from tests.chaos.stage import MODES, SENDER, TARGETS, TCP_TEXT, EngineWatch, Stage
 
 CONNECTIONS = 50
 PORT = 7000
@@ -60,7 +59,8 @@ def _measure(stage: Stage, name: str, number: int) -> Iterable[Row]:
         struck = stage.kill("engine-prevent", number)
         returned = watch.wait_started()
         stage.wait_forwarding()
-        expect(wait_until(lambda: stage.read_health() == "ok", 20), "health is not ok")
+        # A loss of the fault's own may stay told, as not accounted for, some 30 s (balance).
+        stage.wait_ok()
         time.sleep(3)  # what was lost meanwhile is sent again by TCP
         for one in talks.values():
             one.attack()
@@ -92,13 +92,13 @@ def _measure(stage: Stage, name: str, number: int) -> Iterable[Row]:
         yield Row(name, mode, TCP_GOAL, figures, missed)
 
 
-@fault("engine restart under 50 live TCP connections", seconds=90, quick=True)
+@fault("engine restart under 50 live TCP connections", seconds=120, quick=True)
 def restart_engine(stage: Stage) -> Iterable[Row]:
     """The engine is ended in order and started again; then each connection attacks."""
     return _measure(stage, "engine restart under 50 live TCP connections", signal.SIGTERM)
 
 
-@fault("engine kill -9 under 50 live TCP connections", seconds=90)
+@fault("engine kill -9 under 50 live TCP connections", seconds=120)
 def kill_engine(stage: Stage) -> Iterable[Row]:
     """The same with a kill."""
     return _measure(stage, "engine kill -9 under 50 live TCP connections", signal.SIGKILL)
