@@ -72,6 +72,7 @@ class SwitchFacts:
     datapath_type: str = ""
     fail_mode: str = ""
     openflow: Probe = Probe(None)
+    userspace_tso: bool = False
     ports: tuple[PortFacts, ...] = ()
 
 
@@ -117,6 +118,7 @@ class Facts:
     require_hyperscan: bool = True
     switch: SwitchFacts | None = None
     devices: tuple[DeviceFacts, ...] = ()
+    super_packets: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     commands: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -395,6 +397,30 @@ def check_legs(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
         f"ip link set dev LEG mtu {needed + 96}, at both ends",
         grave=True,
     )
+    yield from check_offloads(facts, switch)
+
+
+def check_offloads(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
+    """Offloads are on everywhere where the switch takes super-packets, or nowhere."""
+    yield _finding(
+        "super-packets",
+        None if not facts.super_packets else all(map(_is_taken, facts.super_packets.values())),
+        "; ".join(f"{lane}: {said}" for lane, said in facts.super_packets.items())
+        or "no engine is seen from here",
+        "a hairpin without them costs several times the processor time; docs/inspection.md says what "
+        "they need of the switch and the links",
+        grave=False,
+    )
+    if switch.userspace_tso or (switch.datapath_type or "system") != "netdev":
+        off = [one.name for one in facts.devices if one.offloads == ()]
+        yield _finding(
+            "offloads",
+            not off,
+            f"off on {', '.join(off)}" if off else "the switch takes what a card should finish",
+            "ethtool -K DEVICE tx on tso on gso on, for each: else packets reach the engine cut",
+            grave=False,
+        )
+        return
     on = [f"{one.name}: {', '.join(one.offloads)}" for one in facts.devices if one.offloads]
     unseen = [one.name for one in facts.devices if one.offloads is None]
     yield _finding(
@@ -410,6 +436,10 @@ def check_legs(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
         else "run this in the service host",
         grave=True,
     )
+
+
+def _is_taken(said: str) -> bool:
+    return not said.startswith("off")
 
 
 def check_facts(facts: Facts) -> tuple[Finding, ...]:

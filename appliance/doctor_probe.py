@@ -22,6 +22,7 @@ from appliance.doctor import (
     Probe,
     SwitchFacts,
 )
+from appliance.inspection.publish import read_inspection_state
 from appliance.settings import Settings, SwitchSettings
 from steering.errors import CommandFailed
 from steering.run import Finished, run
@@ -126,6 +127,16 @@ def read_switch(settings: SwitchSettings) -> SwitchFacts:
     )
     if bridge is None:
         return SwitchFacts(True, bridge=settings.bridge)
+    tso = _try(
+        [
+            *vsctl[:-1],
+            "--if-exists",
+            "get",
+            "Open_vSwitch",
+            ".",
+            "other_config:userspace-tso-enable",
+        ]
+    )
     listed = _try([*vsctl, "list-ifaces", settings.bridge]).stdout.split()
     columns = "--columns=name,mtu,external_ids,error"
     interfaces = _try([*vsctl, columns, "list", "Interface"])
@@ -139,6 +150,7 @@ def read_switch(settings: SwitchSettings) -> SwitchFacts:
         datapath_type=str(bridge["datapath_type"]),
         fail_mode=str(bridge["fail_mode"] or ""),
         openflow=openflow,
+        userspace_tso=tso.stdout.strip().strip('"') == "true",
         ports=tuple(
             PortFacts(
                 name=row["name"],
@@ -181,6 +193,23 @@ def read_devices(settings: Settings) -> tuple[DeviceFacts, ...]:
             mtu = json.loads(shown.stdout)[0]["mtu"] if shown.status == 0 else None
             found.append(DeviceFacts(leg.device, on, mtu))
     return tuple(found)
+
+
+def read_super_packets(settings: Settings) -> dict[str, str]:
+    """By lane, what `hairpin inspect` published of super-packets."""
+    state = read_inspection_state(settings.inspection_state)
+    return {
+        lane.name: " ".join(
+            part
+            for part in (
+                str(lane.super_packets.state),
+                f"({lane.super_packets.reason})" if lane.super_packets.reason else "",
+                f"largest {lane.super_packets.largest} bytes",
+            )
+            if part
+        )
+        for lane in (state.lanes if state else ())
+    }
 
 
 def read_cpu_flags() -> frozenset[str]:
@@ -255,5 +284,6 @@ def read_facts(settings: Settings | None) -> Facts:
         require_hyperscan=settings is None or settings.inspection.require_hyperscan,
         switch=None if settings is None else read_switch(settings.switch),
         devices=() if settings is None else read_devices(settings),
+        super_packets={} if settings is None else read_super_packets(settings),
         commands={name: _has_command(name) for name in COMMANDS},
     )

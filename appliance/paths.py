@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from steering.errors import HairpinError
 
 INSTALLED_DATA = Path("/usr/share/hairpin/suricata")
+QUEUE_LIBRARY = Path("lib/hairpin/hairpin_queue.so")
+"""What is preloaded into the engines, under the Python environment's prefix, where set-up builds it."""
 
 
 def find_engine_data() -> Path:
@@ -26,3 +29,9 @@ def find_engine_data() -> Path:
         f"no engine data in {', '.join(map(str, candidates))}",
         "install the suricata directory as /usr/share/hairpin/suricata, or name it in HAIRPIN_DATA",
     )
+
+
+def find_queue_library() -> Path | None:
+    """The library that lets an engine take super-packets; None where it was not built."""
+    library = Path(sys.prefix) / QUEUE_LIBRARY
+    return library if library.is_file() else None

@@ -120,6 +120,11 @@ class InspectionSettings(Document):
         alias="requireHyperscan",
         description="Refuse an engine that is built without Hyperscan.",
     )
+    super_packets: bool = Field(
+        default=True,
+        alias="superPackets",
+        description="Take super-packets from the kernel whole, where switch and links have them.",
+    )
     eve_limit_bytes: int = Field(
         default=256 * 2**20,
         alias="eveLimitBytes",

@@ -26,6 +26,8 @@ PACKAGES=(
     suricata
     # real clients and servers for the tests and the demonstration
     nginx-light curl redis-server rsyslog rsyslog-gnutls openssl
+    # for the library that is preloaded into the engines
+    gcc libc6-dev
     # what attackers send frames with, for the tests of evasions
     hping3 nmap thc-ipv6 ipv6toolkit
     # a clock that jumps, for one process, in the fault campaign
@@ -240,6 +242,20 @@ install_python() {
     compute_stamp >"$STAMP"
 }
 
+# Engines load it as a user of their own. Elsewhere first, then renamed: an engine may be starting.
+build_library() {
+    local source=appliance/inspection/native/hairpin_queue.c target=$VENV/lib/hairpin/hairpin_queue.so
+    if [ -e "$target" ] && [ "$target" -nt "$source" ]; then
+        return
+    fi
+    say "building $target"
+    mkdir -p "${target%/*}"
+    gcc -std=c11 -O3 -fPIC -shared -fstack-protector-strong -Wall -Wextra -Wconversion -Werror \
+        -Wl,-z,relro,-z,now -o "$target.new" "$source" -ldl
+    chmod 755 "$target.new"
+    mv -f "$target.new" "$target"
+}
+
 main() {
     local missing
     [ "$(id -u)" = 0 ] || fail "set-up needs root" "sudo make setup"
@@ -254,6 +270,7 @@ main() {
     if ! is_venv_fit || [ "$(cat "$STAMP" 2>/dev/null)" != "$(compute_stamp)" ]; then
         install_python
     fi
+    build_library
     say "everything is in place"
 }
 

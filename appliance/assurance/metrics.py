@@ -47,6 +47,14 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_lane_engine_restarts_total": Spec(
         "counter", ("lane",), "Restarts of the engine after an exit or a hang."
     ),
+    "hairpin_lane_super_packets": Spec(
+        "gauge",
+        ("lane", "state"),
+        "1 for how the engine takes super-packets: on (seen), ready (none came yet) or off.",
+    ),
+    "hairpin_lane_largest_packet_bytes": Spec(
+        "gauge", ("lane",), "The largest packet that the engine took, from its IP header on."
+    ),
     "hairpin_lane_packets_total": Spec(
         "counter",
         ("lane", "fate"),
@@ -218,6 +226,8 @@ def _find_counts(snapshot: Snapshot) -> Iterable[Sample]:
 def _find_engines(snapshot: Snapshot) -> Iterable[Sample]:
     for lane in snapshot.inspection.lanes if snapshot.inspection else ():
         yield "hairpin_lane_engine_restarts_total", (lane.name,), lane.restarts
+        yield "hairpin_lane_super_packets", (lane.name, str(lane.super_packets.state)), 1
+        yield "hairpin_lane_largest_packet_bytes", (lane.name,), lane.super_packets.largest
         for queue in lane.queues:
             labels = (lane.name, str(queue.number))
             yield "hairpin_queue_waiting_packets", labels, queue.waiting

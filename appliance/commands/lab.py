@@ -23,12 +23,25 @@ def up(
     serve: Annotated[
         bool, typer.Option("--serve/--no-serve", help="Start the appliance in it.")
     ] = True,
+    super_packets: Annotated[
+        bool,
+        typer.Option(
+            "--super-packets/--no-super-packets",
+            help="Let switch and links carry packets of up to 64 KiB.",
+        ),
+    ] = True,
     json: options.Json = False,
 ) -> None:
     """Make a lab: VMs, a switch, an inspector and the management service."""
     from appliance.lab import bring_up, read_status
 
-    state = bring_up(name, vms, serve=serve, progress=lambda line: print_note(clean(line)))
+    state = bring_up(
+        name,
+        vms,
+        serve=serve,
+        super_packets=super_packets,
+        progress=lambda line: print_note(clean(line)),
+    )
     if json:
         return print_json(read_status(name).document())
     print_line(f"lab {state.name} is up with {len(state.vms)} VMs")

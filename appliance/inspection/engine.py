@@ -104,10 +104,17 @@ def render_privileges(user: str) -> tuple[str, ...]:
     )
 
 
-def render_start(binary: Path, user: str, lane: Lane, config: Path) -> tuple[str, ...]:
-    """The command of a lane's engine: one `-q` for each of its queues."""
+def render_start(
+    binary: Path, user: str, lane: Lane, config: Path, library: Path | None = None
+) -> tuple[str, ...]:
+    """The command of a lane's engine: one `-q` for each of its queues; ``library`` is preloaded.
+
+    ld.so(8) ignores LD_PRELOAD where a program gains privileges as it starts. Ambient capabilities are
+    none of those, so the engine has it.
+    """
     queues = tuple(part for queue in lane.queues for part in ("-q", str(queue)))
-    return (*render_privileges(user), str(binary), "-c", str(config), "-v", *queues)
+    preload = () if library is None else ("env", f"LD_PRELOAD={library}")
+    return (*render_privileges(user), *preload, str(binary), "-c", str(config), "-v", *queues)
 
 
 def render_test(binary: Path, user: str, config: Path, scratch: Path) -> tuple[str, ...]:

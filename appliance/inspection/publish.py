@@ -31,6 +31,23 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class SuperPacketState(StrEnum):
+    """`on`: packets above 1,500 bytes were seen by the engine; `ready`: it takes them, none came yet;
+    `off`: it does not, for a reason that is told."""
+
+    ON = "on"
+    READY = "ready"
+    OFF = "off"
+
+
+class SuperPackets(_Value):
+    """Whether an engine gets super-packets, as seen, not as configured. ``largest``: bytes, from IP on."""
+
+    state: SuperPacketState = SuperPacketState.OFF
+    reason: str = "nothing is known of the engine yet"
+    largest: int = 0
+
+
 class Fault(_Value):
     """Something wrong: what, what to do next, since when (epoch). `mended`: when it was over."""
 
@@ -56,6 +73,7 @@ class EngineCounters(_Value):
 
     `packets` were taken from the queue; each is one of `accepted`, `replaced` (both go on), `blocked` and
     `rejected` (both end here). `drop_reasons`: the blocked ones by the engine's own words, where not 0.
+    `largest_packet` is in bytes, from the IP header on.
     """
 
     pid: int
@@ -68,6 +86,7 @@ class EngineCounters(_Value):
     replaced: int = 0
     invalid: int = 0
     queue_errors: int = 0
+    largest_packet: int = 0
     drop_reasons: dict[str, int] = {}
 
 
@@ -105,6 +124,7 @@ class LaneState(_Value):
     restarts: int = 0
     version: str = ""
     hyperscan: bool = False
+    super_packets: SuperPackets = SuperPackets()
     rules_loaded: int = 0
     rules_failed: int = 0
     queues: tuple[QueueState, ...] = ()

@@ -84,6 +84,7 @@ class _Ips(BaseModel):
 class _Decoder(BaseModel):
     pkts: int = 0
     invalid: int = 0
+    max_pkt_size: int = 0
 
 
 class _Counters(BaseModel):
@@ -156,6 +157,7 @@ def parse_counters(message: object, pid: int, started: float, now: float) -> Eng
         replaced=seen.ips.replaced,
         invalid=seen.decoder.invalid,
         queue_errors=seen.ips.drop_reason.get("nfq_error", 0),
+        largest_packet=seen.decoder.max_pkt_size,
         drop_reasons={reason: count for reason, count in seen.ips.drop_reason.items() if count},
     )
 

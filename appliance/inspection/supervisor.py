@@ -40,6 +40,8 @@ from appliance.inspection.socket import (
     EngineSocket,
     parse_counters,
 )
+from appliance.inspection.superpackets import ACCEPTED, find_super_packets
+from appliance.paths import find_queue_library
 from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.model import Lane
@@ -116,6 +118,8 @@ class LaneSupervisor:
         self._log_start = 0
         self._lost_at = 0.0
         self._counters: EngineCounters | None = None
+        self._library = find_queue_library() if settings.inspection.super_packets else None
+        self._start_log = ""
 
     def build_state(
         self, now: float, counters: Sequence[QueueCounters], frames: FrameSample | None
@@ -132,6 +136,12 @@ class LaneSupervisor:
             restarts=self._restarts,
             version=self.facts.text,
             hyperscan=self.facts.hyperscan and self._matcher_fault is None,
+            super_packets=find_super_packets(
+                wanted=self.settings.inspection.super_packets,
+                built=self._library is not None,
+                log=self._start_log,
+                counters=self._counters,
+            ),
             rules_loaded=self._rules[0],
             rules_failed=self._rules[1],
             queues=build_queue_states(self.lane, counters),
@@ -213,17 +223,21 @@ class LaneSupervisor:
         self.paths.record.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         config = engine_config.build_engine_config(self.settings, self.lane)
         text = engine_config.render_engine_config(config)
-        argv = engine.render_start(
-            self.settings.inspection.suricata,
-            self.settings.inspection.user,
-            self.lane,
-            self.paths.config,
-        )
+        argv = self._render_start()
         whole = "\0".join((text, *argv, self.facts.text))
         self._digest = hashlib.sha256(whole.encode()).hexdigest()
         if ruleset is not None and ruleset != config.ruleset:
             text = engine_config.render_engine_config(replace(config, ruleset=ruleset))
         write_atomically(self.paths.config, text, 0o644)
+
+    def _render_start(self) -> tuple[str, ...]:
+        return engine.render_start(
+            self.settings.inspection.suricata,
+            self.settings.inspection.user,
+            self.lane,
+            self.paths.config,
+            self._library,
+        )
 
     def _adopt(self) -> bool:
         if self._tested:
@@ -266,12 +280,7 @@ class LaneSupervisor:
         self.paths.socket.unlink(missing_ok=True)
         files.trim_log(self.paths.log)
         self._log_start = files.read_size(self.paths.log)
-        argv = engine.render_start(
-            self.settings.inspection.suricata,
-            self.settings.inspection.user,
-            self.lane,
-            self.paths.config,
-        )
+        argv = self._render_start()
         self._engine = start_engine(argv, self.paths.log, self._digest, time.time())
         write_record(self.paths.record, self._engine.record)
         deadline = time.monotonic() + START_LIMIT
@@ -392,6 +401,9 @@ class LaneSupervisor:
         )
 
     async def _read_counters(self, process: EngineProcess) -> None:
+        if self._library is not None and ACCEPTED not in self._start_log:
+            # It is said when the queues are opened, some time after the first answer.
+            self._start_log = files.read_log(self.paths.log, self._log_start, 2**20)
         # An engine has none in its first seconds, and refuses.
         with contextlib.suppress(EngineRefused, EngineSilent):
             self._counters = parse_counters(
@@ -405,9 +417,8 @@ class LaneSupervisor:
         changed = (loaded, failed) != self._rules
         self._rules = (loaded, failed)
         if loaded and self._state is not EngineState.RUNNING:
-            self._matcher_fault = engine.find_matcher_fault(
-                files.read_log(self.paths.log, self._log_start)
-            )
+            self._start_log = files.read_log(self.paths.log, self._log_start)
+            self._matcher_fault = engine.find_matcher_fault(self._start_log)
             if self._matcher_fault and self.settings.inspection.require_hyperscan:
                 raise HairpinError(
                     f"the engine runs without Hyperscan: {self._matcher_fault}",

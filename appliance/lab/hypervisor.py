@@ -102,6 +102,10 @@ def start_ovsdb(state: LabState) -> LabState:
     run(state.vsctl_argv(["--no-wait", "init"]))
     identity = f"external_ids:system-id=lab-{state.name}"
     run(state.vsctl_argv(["--no-wait", "set", "Open_vSwitch", ".", identity]))
+    if state.super_packets:
+        # Read by vswitchd as it starts, and never again (ovs-vswitchd.conf.db(5)).
+        option = "other_config:userspace-tso-enable=true"
+        run(state.vsctl_argv(["--no-wait", "set", "Open_vSwitch", ".", option]))
     return state
 
 

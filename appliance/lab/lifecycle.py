@@ -179,10 +179,12 @@ def bring_up(
     serve: bool = True,
     progress: Progress = _say_nothing,
     overrides: Mapping[str, Any] | None = None,
+    super_packets: bool = True,
 ) -> LabState:
     """Make a lab and return when it works; ``serve`` starts Hairpin in it and waits for it too.
 
-    ``overrides`` are merged into the settings file (its keys). The remnants of a dead lab of the
+    ``overrides`` are merged into the settings file (its keys). ``super_packets``: switch and links
+    carry them. The remnants of a dead lab of the
     same name are taken down first. Raises WrongInput for wrong values, with nothing made, and
     HairpinError when the lab already stands or can't be made, with nothing left behind; the same
     for Ctrl-C, SIGTERM and SIGHUP, which end in KeyboardInterrupt.
@@ -195,6 +197,7 @@ def bring_up(
         random=os.urandom(10),
         api_port=_find_free_port(),
         now=time.time(),
+        super_packets=super_packets,
     )
     if os.geteuid() != 0:
         raise HairpinError("a lab needs root", "run it with sudo")

@@ -114,13 +114,16 @@ def remove_netns_mount() -> None:
 
 
 def _add_pair(
-    hypervisor: str, interface: str, peer_netns: str, device: str, mtu: tuple[int, int], mac: str
+    state: LabState, interface: str, peer_netns: str, device: str, mtu: tuple[int, int], mac: str
 ) -> None:
+    hypervisor = state.hypervisor
     peer: dict[str, Any] = {"ifname": device, "net_ns_fd": peer_netns, "mtu": mtu[1]}
     if mac:
         peer["address"] = mac
     with _open_namespace(hypervisor) as link:
         link.link("add", ifname=interface, kind="veth", mtu=mtu[0], peer=peer, state="up")
+    if state.super_packets:
+        return
     # OVS reads frames by AF_PACKET: a checksum left to the card would go out half done, and a
     # super-packet would not fit.
     for name, end in ((hypervisor, interface), (peer_netns, device)):
@@ -131,7 +134,7 @@ def _add_pair(
 def create_vm_link(state: LabState, vm: LabVm) -> None:
     """The VM's `eth0` with its addresses, and the other end in the hypervisor."""
     pair = (VM_MTU, VM_MTU)
-    _add_pair(state.hypervisor, vm.interface, vm.netns, vm.device, pair, vm.mac)
+    _add_pair(state, vm.interface, vm.netns, vm.device, pair, vm.mac)
     with _open_namespace(vm.netns) as link:
         (index,) = link.link_lookup(ifname=vm.device)
         link.link("set", index=index, state="up")
@@ -142,22 +145,22 @@ def create_vm_link(state: LabState, vm: LabVm) -> None:
 
 def create_lane_links(state: LabState, lane: LabLane) -> None:
     """Both legs of a lane; the service host gets the devices only, `hairpin inspect` the rest."""
-    pair = (SWITCH_MTU, SWITCH_MTU)
+    pair = (state.leg_mtu, state.leg_mtu)
     for interface, device, _ofport in lane.legs:
-        _add_pair(state.hypervisor, interface, state.service_host, device, pair, "")
+        _add_pair(state, interface, state.service_host, device, pair, "")
         _set_up(state.service_host, device)
 
 
 def create_canary_link(state: LabState) -> None:
     """Hairpin's own port, with its other end in the service host."""
     pair = (SWITCH_MTU, SWITCH_MTU)
-    _add_pair(state.hypervisor, CANARY_PORT, state.service_host, CANARY_DEVICE, pair, "")
+    _add_pair(state, CANARY_PORT, state.service_host, CANARY_DEVICE, pair, "")
     _set_up(state.service_host, CANARY_DEVICE)
 
 
 def create_mirror_link(state: LabState) -> None:
     pair = (SWITCH_MTU, SWITCH_MTU)
-    _add_pair(state.hypervisor, MIRROR_PORT, state.observer, MIRROR_DEVICE, pair, "")
+    _add_pair(state, MIRROR_PORT, state.observer, MIRROR_DEVICE, pair, "")
     _set_up(state.observer, MIRROR_DEVICE)
 
 

@@ -26,6 +26,8 @@ BRIDGE = "br-int"
 VM_MTU = 1500
 # A lane's frame is a VM's frame and a VLAN tag; 1600 leaves room for both.
 SWITCH_MTU = 1600
+# Exactly that where the switch cuts super-packets to the MTU of the port they leave by (docs/mtu.md).
+LEG_MTU = VM_MTU + 4
 MIRROR_PORT = "hp-mirror"
 MIRROR_DEVICE = "mir0"
 MIRROR_OFPORT = 290
@@ -113,6 +115,12 @@ class LabState:
     created: float
     processes: tuple[ProcessRecord, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    super_packets: bool = True
+
+    @property
+    def leg_mtu(self) -> int:
+        """MTU of the legs and of their devices in the service host."""
+        return LEG_MTU if self.super_packets else SWITCH_MTU
 
     @property
     def prefix(self) -> str:
@@ -295,6 +303,7 @@ def build_state(
     random: bytes,
     api_port: int,
     now: float,
+    super_packets: bool = True,
 ) -> LabState:
     """The whole of a new lab. Raises WrongInput for a wrong name, number of VMs or settings."""
     check_lab_name(name)
@@ -308,6 +317,7 @@ def build_state(
         serve=serve,
         created=now,
         overrides=dict(overrides),
+        super_packets=super_packets,
     )
     parse_settings(render_settings(state))
     return state

@@ -50,11 +50,7 @@ OFFLOADS = (
 def standing(directory: Path, *, super_packets: bool) -> Iterator[Appliance]:
     name = build_name("o" if super_packets else "n")
     try:
-        lab = the_lab.bring_up(name, 3)
-        if super_packets:
-            option = "other_config:userspace-tso-enable=true"
-            run(lab.vsctl_argv(["--no-wait", "set", "Open_vSwitch", ".", option]))
-            lab = the_lab.restart_vswitchd(lab, plain_flow=True)
+        lab = the_lab.bring_up(name, 3, super_packets=super_packets)
         appliance = Appliance(lab, directory)
         appliance.start_web(INSPECTED, DIRECT)
         for vm in (INSPECTED, DIRECT):
