@@ -23,6 +23,7 @@ from appliance.lab.plan import (
     build_mirror_args,
     build_port_args,
 )
+from appliance.lab.sockets import widen_packet_sockets
 from appliance.lab.store import write_state
 from steering.errors import CommandFailed, HairpinError
 from steering.run import run
@@ -140,7 +141,15 @@ def create_bridge(state: LabState) -> None:
     args += build_mirror_args(state.vms)
     run(state.vsctl_argv(args))
     check_ports(state)
+    widen_sockets(state)
     add_plain_flow(state)
+
+
+def widen_sockets(state: LabState) -> None:
+    """Let every port that stands hold super-packets; a port that comes later is to be widened too."""
+    record = state.process(VSWITCHD)
+    if state.super_packets and record is not None:
+        widen_packet_sockets(record.pid)
 
 
 def check_ports(state: LabState) -> None:
@@ -167,6 +176,7 @@ def add_vm_port(state: LabState, vm: LabVm) -> None:
     args = [*build_port_args(vm)[1:], "--", f"--id=@{vm.interface}", "get", "Port", vm.interface]
     args += ["--", "add", "Mirror", "hairpin-observe", "select_src_port", f"@{vm.interface}"]
     run(state.vsctl_argv(args))
+    widen_sockets(state)
 
 
 def remove_vm_port(state: LabState, vm: LabVm) -> None:
@@ -222,6 +232,7 @@ def restart_vswitchd(
     state = start_vswitchd(state)
     # The last thing that vswitchd makes of a bridge.
     _wait_socket(state, VSWITCHD, management)
+    widen_sockets(state)
     if plain_flow:
         add_plain_flow(state)
     return state
