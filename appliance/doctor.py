@@ -402,16 +402,17 @@ def check_legs(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
 
 def check_offloads(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
     """Offloads are on everywhere where the switch takes super-packets, or nowhere."""
-    yield _finding(
-        "super-packets",
-        None if not facts.super_packets else all(map(_is_taken, facts.super_packets.values())),
-        "; ".join(f"{lane}: {said}" for lane, said in facts.super_packets.items())
-        or "no engine is seen from here",
-        "a hairpin without them costs several times the processor time; docs/inspection.md says what "
-        "they need of the switch and the links",
-        grave=False,
-    )
-    if switch.userspace_tso or (switch.datapath_type or "system") != "netdev":
+    if facts.super_packets:
+        yield _finding(
+            "super-packets",
+            not any(said.startswith("off") for said in facts.super_packets.values()),
+            "; ".join(f"{lane}: {said}" for lane, said in facts.super_packets.items()),
+            "a hairpin without them costs several times the processor time; docs/inspection.md says "
+            "what they need of the switch and the links",
+            grave=False,
+        )
+    kernel = facts.kernel_openvswitch and (switch.datapath_type or "system") != "netdev"
+    if switch.userspace_tso or kernel:
         off = [one.name for one in facts.devices if one.offloads == ()]
         yield _finding(
             "offloads",
@@ -436,10 +437,6 @@ def check_offloads(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
         else "run this in the service host",
         grave=True,
     )
-
-
-def _is_taken(said: str) -> bool:
-    return not said.startswith("off")
 
 
 def check_facts(facts: Facts) -> tuple[Finding, ...]:

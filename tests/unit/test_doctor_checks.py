@@ -210,3 +210,25 @@ def test_a_table_of_ovsdb_reads_as_rows() -> None:
         {"name": "vnet0", "mtu": 1500, "external_ids": {"vm-id": "x"}, "error": []},
         {"name": "gone", "mtu": [], "external_ids": {}, "error": "no device"},
     ]
+
+
+def test_super_packets_that_no_engine_takes_are_told() -> None:
+    assert not [one for one in check_facts(WHOLE) if one.name == "super-packets"]
+    taken = replace(WHOLE, super_packets={"prevent": "on, largest 65212 bytes"})
+    assert find(taken, "super-packets").level == "ok"
+    refused = replace(WHOLE, super_packets={"prevent": "on", "detect": "off (refused)"})
+    assert find(refused, "super-packets").level == "warn"
+    assert "detect: off (refused)" in find(refused, "super-packets").found
+
+
+def test_offloads_are_on_where_the_switch_takes_super_packets() -> None:
+    on = tuple(DeviceFacts(name, ("tx-checksumming",), 1504) for name in ("dev-a", "dev-b"))
+    takes = replace(WHOLE, switch=replace(SWITCH, userspace_tso=True), devices=on)
+    assert find(takes, "offloads").level == "ok"
+    off = replace(takes, devices=WHOLE.devices)
+    assert find(off, "offloads").level == "warn"
+    assert "tx on" in find(off, "offloads").mend
+    # The kernel's datapath takes them anyway.
+    system = replace(SWITCH, datapath_type="system")
+    kernel = replace(WHOLE, switch=system, devices=on, kernel_openvswitch=True)
+    assert find(kernel, "offloads").level == "ok"
