@@ -385,16 +385,24 @@ def check_legs(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
     seen += [(device.name, device.mtu) for device in facts.devices]
     needed = widest + VLAN_TAG
     narrow = [f"{name} {mtu}" for name, mtu in seen if mtu is not None and mtu < needed]
+    # Super-packets are cut to the MTU of the port that they leave by (docs/mtu.md, rule 2).
+    wide = [
+        f"{name} {mtu}"
+        for name, mtu in seen
+        if switch.userspace_tso and mtu is not None and mtu > needed
+    ]
     known = any(mtu is not None for _name, mtu in seen)
     yield _finding(
         "mtu",
-        None if not known else not narrow,
+        None if not known else not narrow and not wide,
         f"too narrow for {needed}: {', '.join(narrow)}"
         if narrow
+        else f"wider than {needed}, to which super-packets must be cut: {', '.join(wide)}"
+        if wide
         else f"legs pass a VM's frame and its tag ({needed})"
         if known
         else "no leg's MTU is known",
-        f"ip link set dev LEG mtu {needed + 96}, at both ends",
+        f"ip link set dev LEG mtu {needed if switch.userspace_tso else needed + 96}, at both ends",
         grave=True,
     )
     yield from check_offloads(facts, switch)

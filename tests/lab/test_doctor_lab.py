@@ -34,7 +34,7 @@ def test_a_machine_that_was_set_up_with_a_lab_on_it_fails_nothing(bare_lab: LabS
 def test_what_is_broken_is_found_and_its_mend_mends_it(bare_lab: LabState) -> None:
     device = bare_lab.lanes[0].device_a
     inside = ["ip", "netns", "exec", bare_lab.service_host]
-    run([*inside, "ethtool", "-K", device, "tx", "on"])
+    run([*inside, "ethtool", "-K", device, "tx", "off", "tso", "off", "gso", "off"])
     run([*inside, "ip", "link", "set", "dev", device, "mtu", "1500"])
     run(bare_lab.vsctl_argv(["del-fail-mode", "br-int"]))
     try:
@@ -42,13 +42,14 @@ def test_what_is_broken_is_found_and_its_mend_mends_it(bare_lab: LabState) -> No
         assert {one.name for one in findings.values() if one.level == "fail"} == {
             "fail mode",
             "mtu",
-            "offloads",
         }
+        # Slow, but nothing is lost.
+        assert findings["offloads"].level == "warn"
         assert device in findings["offloads"].found
         assert f"{device} 1500" in findings["mtu"].found
     finally:
-        run([*inside, "ethtool", "-K", device, "tx", "off"])
-        run([*inside, "ip", "link", "set", "dev", device, "mtu", "1600"])
+        run([*inside, "ethtool", "-K", device, "tx", "on", "tso", "on", "gso", "on"])
+        run([*inside, "ip", "link", "set", "dev", device, "mtu", "1504"])
         run(bare_lab.vsctl_argv(["set-fail-mode", "br-int", "secure"]))
     assert not any(one.level == "fail" for one in check(bare_lab).values())
 

@@ -47,16 +47,23 @@ def test_the_switch_shows_each_vm_as_libvirt_writes_it(bare_lab: LabState) -> No
     assert the_lab.find_flows(bare_lab) == ["priority=0 actions=NORMAL"]
 
 
-def test_checksums_are_whole_when_the_switch_reads_the_frame(bare_lab: LabState) -> None:
-    for vm in bare_lab.vms:
-        shown = run_in_vm(bare_lab, vm.name, "ethtool", "-k", "eth0").stdout
-        assert "tx-checksumming: off" in shown
-        assert "tcp-segmentation-offload: off" in shown
-        assert "generic-segmentation-offload: off" in shown
+def test_switch_and_links_carry_super_packets(bare_lab: LabState) -> None:
+    asked = ["get", "Open_vSwitch", ".", "other_config:userspace-tso-enable"]
+    assert run(bare_lab.vsctl_argv(asked)).stdout.strip() == '"true"'
+    ends = [(vm.netns, vm.device) for vm in bare_lab.vms]
     for lane in bare_lab.lanes:
-        for _leg, device, _ofport in lane.legs:
-            inside = ["ip", "netns", "exec", bare_lab.service_host]
-            assert "tx-checksumming: off" in run([*inside, "ethtool", "-k", device]).stdout
+        ends += [(bare_lab.service_host, device) for _leg, device, _ofport in lane.legs]
+        ends += [(bare_lab.hypervisor, leg) for leg, _device, _ofport in lane.legs]
+    for netns, device in ends:
+        shown = run(["ip", "netns", "exec", netns, "ethtool", "-k", device]).stdout
+        assert "tx-checksumming: on" in shown
+        assert "tcp-segmentation-offload: on" in shown
+        assert "generic-segmentation-offload: on" in shown
+    # Each port's socket holds many of them, also a port's that came later.
+    sockets = ["ip", "netns", "exec", bare_lab.hypervisor, "ss", "-0", "-n", "-m"]
+    ports = [line for line in run(sockets).stdout.splitlines() if ":vnet" in line or ":hp-" in line]
+    assert len(ports) == len(bare_lab.vms) + 4 + 2
+    assert all("rb8388608" in line for line in ports), ports
 
 
 def test_the_service_user_may_use_the_switch_also_after_vswitchd_was_killed(

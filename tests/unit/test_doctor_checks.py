@@ -221,6 +221,15 @@ def test_super_packets_that_no_engine_takes_are_told() -> None:
     assert "detect: off (refused)" in find(refused, "super-packets").found
 
 
+def test_legs_are_as_wide_as_super_packets_are_cut() -> None:
+    ports = (*PORTS[:1], PortFacts("leg-a", 1504, False), PortFacts("leg-b", 1600, False))
+    wide = replace(SWITCH, userspace_tso=True, ports=ports)
+    finding = find(replace(WHOLE, switch=wide, devices=()), "mtu")
+    assert (finding.level, finding.mend) == ("fail", "ip link set dev LEG mtu 1504, at both ends")
+    assert "leg-b 1600" in finding.found
+    assert "leg-a" not in finding.found
+
+
 def test_offloads_are_on_where_the_switch_takes_super_packets() -> None:
     on = tuple(DeviceFacts(name, ("tx-checksumming",), 1504) for name in ("dev-a", "dev-b"))
     takes = replace(WHOLE, switch=replace(SWITCH, userspace_tso=True), devices=on)

@@ -1,0 +1,1 @@
+"""Peers and product side by side, in one run: `python -m tests.bench` (docs/performance.md)."""
