@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from appliance.management.coverage import Watches
 from appliance.management.events import EventKeeper
 from appliance.management.flows import FlowIngest
 from appliance.management.knowledge import Knowledge
+from appliance.management.quarantine import load_quarantines
 from appliance.management.rulework import RuleWork
-from appliance.management.service import Management, load_in_force
+from appliance.management.service import InForce, Management, load_in_force
 from appliance.paths import find_engine_data
 from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
@@ -96,6 +98,9 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         on_event=keeper.take,
     )
     in_force = await load_in_force(store)
+    quarantines = await store.read(load_quarantines)
+    shut_off = replace(in_force.policies, quarantined=frozenset(quarantines))
+    in_force = InForce(in_force.number, shut_off)
     ingest = Ingest(
         store, {lane: settings.eve_file(lane) for lane in lanes}, knowledge.find_context, decide
     )
@@ -133,6 +138,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         exporters=exporters,
         rules=rules,
         in_force=in_force,
+        quarantines=quarantines,
         read_inspection=read_inspection,
         watches=watches,
     )
@@ -160,6 +166,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         "balance": watches.balance.run(),
         "disk": watches.disk.run(),
         "revival": revival.run(),
+        "quarantine": management.quarantine.run(),
     }
     tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     tasks += [asyncio.create_task(one.run(), name="export") for one in exporters]

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 from pydantic import ValidationError
@@ -39,6 +39,7 @@ from appliance.api.documents import (
     VmEdit,
     VmList,
 )
+from appliance.api.quarantine import QuarantineList, QuarantineOrder, QuarantineReport
 from appliance.api.routes import BASE, JSON, YAML
 from steering.errors import Conflict, FieldError, HairpinError, WrongInput
 
@@ -219,6 +220,20 @@ class Client:
 
     def find_alert(self, alert_id: int) -> AlertDetail:
         return self._get(f"/alerts/{alert_id}", AlertDetail)
+
+    def find_quarantines(self) -> QuarantineList:
+        return self._get("/quarantines", QuarantineList)
+
+    def add_quarantine(self, order: QuarantineOrder) -> QuarantineReport:
+        body = order.model_dump_json(exclude_none=True)
+        headers = {"Content-Type": JSON}
+        asked = self._ask(
+            "POST", "/quarantines", QuarantineReport, data=body.encode(), headers=headers
+        )
+        return asyncio.run(asked)[0]
+
+    def remove_quarantine(self, vm: str) -> QuarantineReport:
+        return asyncio.run(self._ask("DELETE", f"/quarantines/{quote(vm)}", QuarantineReport))[0]
 
     def find_flows(self, query: Values) -> FlowPage:
         return self._get("/flows", FlowPage, query)

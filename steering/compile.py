@@ -8,6 +8,7 @@ from dataclasses import replace
 from steering.compile_addresses import add_holder, add_own_claims
 from steering.compile_canary import add_canary, find_canary_macs
 from steering.compile_guard import add_ghost, add_guard, add_learn, add_many
+from steering.compile_quarantine import add_quarantine
 from steering.decide import find_lane, resolve_machines
 from steering.flows import (
     IP_KEYWORDS,
@@ -151,6 +152,7 @@ def compile_program(
         answerers = _find_ofports(scoped, owners, membership.find_members(policy.destinations))
         if openers and answerers:
             _add_policy(book, policy, openers, answerers, lanes)
+    add_quarantine(book, machines, policies.quarantined)
     groups = tuple(_build_groups(lanes)) if lanes else ()
     _add_steer(book, lanes)
     return Program(tuple(book.flows()), groups)
@@ -160,7 +162,8 @@ def _find_macs_in_scope(policies: PolicySet, ports: Sequence[Port]) -> frozenset
     """The MACs of ports that the policies name, and of those of which nothing but the MAC is known."""
     machines = resolve_machines(policies, ports)
     named = find_vms_in_scope(policies, build_membership(policies.zones, machines))
-    return frozenset(port.mac for port in ports if not port.vm_id or port.vm_id in named)
+    kept_out = named | policies.quarantined
+    return frozenset(port.mac for port in ports if not port.vm_id or port.vm_id in kept_out)
 
 
 def _add_base(book: FlowBook) -> None:

@@ -71,7 +71,8 @@ class Counters:
     ``claims``, by the ofport of an address's holder (0: it is gone): dropped ARP and ND of others that
     claimed an address which the documents give to the holder's VM.
     ``unread``, by the sender's ofport: dropped unicast frames between VMs in scope that are neither IP nor
-    ARP. ``many``: broadcast and multicast of VMs in scope, which went direct; without ARP and ND.
+    ARP. ``quarantined``, by ofport: dropped since it was from or to a quarantined VM.
+    ``many``: broadcast and multicast of VMs in scope, which went direct; without ARP and ND.
     """
 
     policies: dict[str, Count]
@@ -84,6 +85,7 @@ class Counters:
     ghosts: Count = Count()
     claims: dict[int, Count] = field(default_factory=dict)
     unread: dict[int, Count] = field(default_factory=dict)
+    quarantined: dict[int, Count] = field(default_factory=dict)
     many: Count = Count()
     tallies: tuple[Tally, ...] = ()
 
@@ -137,6 +139,8 @@ def _find_meaning(
             return "claims", number
         case CookieKind.UNREAD:
             return "unread", number
+        case CookieKind.QUARANTINE:
+            return "quarantined", number
         case CookieKind.MANY:
             return "many", ""
         case CookieKind.GHOST:
@@ -193,6 +197,7 @@ def add_tallies(
         ghosts=find("ghosts"),
         claims=find_ports("claims"),
         unread=find_ports("unread"),
+        quarantined=find_ports("quarantined"),
         many=find("many"),
         tallies=tallies,
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from steering.decide import order_policies
+from steering.decide import QUARANTINED, order_policies
 from steering.membership import build_membership
 from steering.model import (
     Action,
@@ -108,6 +108,11 @@ class _Treatment:
     gap: str | None
 
 
+_SHUT_OFF = _Treatment(
+    Status.DENIED, (ServiceCoverage(Service(), tuple(Family), QUARANTINED, None),), None
+)
+
+
 def build_coverage(policies: PolicySet, machines: Sequence[Machine]) -> Coverage:
     """The coverage of every ordered pair of found VMs that share a bridge and an access VLAN.
 
@@ -136,6 +141,8 @@ def build_coverage(policies: PolicySet, machines: Sequence[Machine]) -> Coverage
                 continue
             applying = opens[source] & answers[destination]
             found = judged.get(applying)
+            if not policies.quarantined.isdisjoint((source, destination)):
+                found = _SHUT_OFF
             if found is None:
                 chosen = [policy for n, policy in enumerate(ordered) if applying >> n & 1]
                 found = judged[applying] = _judge(chosen)

@@ -13,6 +13,7 @@ from steering.errors import FieldError
 from steering.membership import build_membership, build_zone_index, find_zones, is_in_zone
 from steering.model import (
     Action,
+    Deny,
     Family,
     Inspect,
     Lane,
@@ -27,6 +28,7 @@ from steering.model import (
 from steering.services import covers
 
 NO_POLICY = "no policy names it: it goes direct, uninspected"
+QUARANTINED = Deny("quarantine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,12 @@ def decide(
     A VM that is not in ``machines`` is judged by its document, or as one without tags: alerts may
     speak of a VM that has just left.
     """
+    shut_off = next(
+        (vm for vm in (source_vm_id, destination_vm_id) if vm in policies.quarantined), None
+    )
+    if shut_off is not None:
+        name = find_subject(policies, machines, shut_off).name
+        return Decision(None, QUARANTINED, f"VM {name} is in quarantine")
     source = find_subject(policies, machines, source_vm_id)
     destination = find_subject(policies, machines, destination_vm_id)
     for policy in order_policies(policies.policies):

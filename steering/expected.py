@@ -78,6 +78,7 @@ class Treatment:
         return f"{self.kind} ({why})"
 
 
+SHUT_OFF = Treatment(Kind.DENIED, None, why="one of the two VMs is in quarantine")
 BARRED = Treatment(Kind.DENIED, None, why="its document gives it no address of this family")
 
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from steering.decide import (
     NO_POLICY,
+    QUARANTINED,
     Connection,
     Subject,
     decide,
@@ -223,6 +224,8 @@ def _build_ways(
             for end in (opener, answerer)
         ]
         return _build_blind_way(*scoped), _build_blind_way(*reversed(scoped))
+    if action is QUARANTINED:
+        return (Step("CLASSIFY", "dropped: quarantine"),), ()
     to_policy = tuple(Step(table) for table in TO_POLICY)
     if isinstance(action, Inspect) and lane is not None:
         return (

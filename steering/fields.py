@@ -28,5 +28,7 @@ TAG_RULE = "a tag: 1 to 63 of letters, digits and . _ / -"
 REASON = re.compile(
     r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]{1,200}"
 )
+REASON_PATTERN = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]{0,200}$"
+"""The same as a JSON schema says it; may be empty."""
 REASON_RULE = "a reason: one line of 1 to 200 characters"
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")

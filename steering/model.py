@@ -144,11 +144,16 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class PolicySet:
-    """Everything the operator declared: one revision of it is in force at a time."""
+    """Everything the operator declared: one revision of it is in force at a time.
+
+    ``quarantined`` are vm-ids from and to which nothing passes, whatever the policies say; they are no
+    part of the documents.
+    """
 
     machines: tuple[MachineRecord, ...] = ()
     zones: tuple[Zone, ...] = ()
     policies: tuple[Policy, ...] = ()
+    quarantined: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

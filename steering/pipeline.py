@@ -111,6 +111,7 @@ class CookieKind(IntEnum):
         11  # a drop: what is neither IP nor ARP, from a VM in scope to one; number: sender's ofport
     )
     MANY = 12  # direct: frames of VMs in scope that are meant for many; number 0
+    QUARANTINE = 13  # a drop: whatever a quarantined VM sends, or is sent; number: its ofport
 
 
 def build_cookie(kind: CookieKind, number: int = 0) -> int:

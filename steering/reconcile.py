@@ -14,10 +14,11 @@ import structlog
 
 from steering.check import check_program
 from steering.compile import compile_program, find_steerable_ports
+from steering.compile_quarantine import find_quarantine_flows
 from steering.contests import Claims, record_claim
 from steering.counters import Counters, build_counters, find_tallies
 from steering.decide import check_against_switch, resolve_machines
-from steering.diff import Bundle, build_bundle
+from steering.diff import Bundle, build_bundle, build_present
 from steering.errors import SwitchError, WrongInput
 from steering.events import (
     AddressContested,
@@ -250,7 +251,7 @@ class Reconciler:
     async def plan(self, policies: PolicySet) -> Plan:
         """What applying ``policies`` would change. Raises WrongInput (faults), SwitchError."""
         async with self._lock:
-            return await self._plan(policies)
+            return await self._plan(replace(policies, quarantined=self._policies.quarantined))
 
     async def apply(self, policies: PolicySet) -> Applied:
         """Put ``policies`` in force: one bundle, then read back until equal.
@@ -259,6 +260,8 @@ class Reconciler:
         """
         began = time.monotonic()
         async with self._lock:
+            # Who is in quarantine is not the policies' business, and may have changed meanwhile.
+            policies = replace(policies, quarantined=self._policies.quarantined)
             plan = await self._plan(policies)
             if policies.policies:
                 self._check_may_steer()
@@ -275,8 +278,28 @@ class Reconciler:
                     f"first: {left.changes[0].kind} {left.changes[0].text}",
                     "what was in force before was put back; check for another controller",
                 )
-            self._policies, self._settled = policies, plan.program
+            quarantined = self._policies.quarantined
+            self._policies = replace(policies, quarantined=quarantined)
+            self._settled = plan.program
             return Applied(plan.bundle, time.monotonic() - began)
+
+    async def shut_off(self, quarantined: frozenset[str]) -> float:
+        """Let nothing pass from or to these VMs, and to others again; seconds until the switch had it.
+
+        Their drops go ahead of everything else: at once, even while a reconcile runs. Then all is
+        compiled, compared and read back as ever. Raises SwitchError; then it is tried again until done.
+        """
+        began = time.monotonic()
+        former, self._policies = self._policies, replace(self._policies, quarantined=quarantined)
+        self._wake.set()
+        machines = resolve_machines(self._policies, self.observed.ports)
+        wanted, present = (
+            find_quarantine_flows(machines, one) for one in (quarantined, former.quarantined)
+        )
+        bundle = build_bundle(Program(wanted, ()), build_present(Program(present, ())))
+        if bundle:
+            await self._switch.send_bundle(bundle)
+        return time.monotonic() - began
 
     # The inside
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from steering.decide import Subject, find_members, find_subject, order_policies
-from steering.expected import BARRED, Kind, Treatment, find_expected
+from steering.expected import BARRED, SHUT_OFF, Kind, Treatment, find_expected
 from steering.model import Family, Lane, Machine, Peer, Policy, PolicySet
 from steering.witnesses import Case, End, State, Way, Witness, build_cases, find_ends
 
@@ -67,6 +67,7 @@ class Survey:
     subjects: Mapping[str, Subject]
     opens: Mapping[str, int]
     answers: Mapping[str, int]
+    quarantined: frozenset[str] = frozenset()
     members: list[list[End]] = field(default_factory=list)
     class_of: dict[int, int] = field(default_factory=dict)
     _cases: dict[tuple[int, int], tuple[Prospect, ...]] = field(default_factory=dict)
@@ -119,7 +120,7 @@ def build_survey(
             for vm_id in found[peers]:
                 masks[vm_id] |= 1 << number
     subjects = {vm_id: find_subject(policies, machines, vm_id) for vm_id in opens}
-    survey = Survey(ordered, tuple(lanes), ends, subjects, opens, answers)
+    survey = Survey(ordered, tuple(lanes), ends, subjects, opens, answers, policies.quarantined)
     numbers: dict[tuple[object, int, int], int] = {}
     for end in ends:
         key = (end.network, opens[end.vm_id], answers[end.vm_id])
@@ -220,6 +221,8 @@ class _Tray:
             witness = Witness(source, destination, case)
             if self._survey.is_barred(witness):
                 expected = (BARRED,)
+            if not self._survey.quarantined.isdisjoint((source.vm_id, destination.vm_id)):
+                expected = (SHUT_OFF,)
             one = Chosen(witness, pair_class, expected)
             if self.cost + one.cost > self._budget:
                 self.is_full = True

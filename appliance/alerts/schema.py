@@ -192,3 +192,21 @@ _PROOF = (
 def proof_tables(db: Database) -> None:
     for statement in _PROOF:
         db.execute(statement)
+
+
+_QUARANTINE = (
+    # Who is shut off now; what was is told by events. `until` NULL: until somebody ends it.
+    """CREATE TABLE quarantines (
+        vm_id TEXT PRIMARY KEY,
+        vm TEXT NOT NULL,
+        since REAL NOT NULL,
+        until REAL,
+        reason TEXT NOT NULL DEFAULT ''
+    ) STRICT""",
+)
+
+
+@migrations()
+def quarantine_tables(db: Database) -> None:
+    for statement in _QUARANTINE:
+        db.execute(statement)

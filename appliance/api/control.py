@@ -34,6 +34,7 @@ from appliance.api.documents import (
     VmEdit,
     VmList,
 )
+from appliance.api.quarantine import QuarantineList, QuarantineOrder, QuarantineReport
 from appliance.api.queries import (
     AlertFilter,
     AlertQuery,
@@ -109,6 +110,16 @@ class Control(Protocol):
 
         Raises NotFound when neither the switch nor a document knows the vm-id.
         """
+        ...
+
+    async def find_quarantines(self) -> QuarantineList: ...
+
+    async def add_quarantine(self, order: QuarantineOrder) -> QuarantineReport:
+        """Raises NotFound when neither the switch nor a document knows the VM."""
+        ...
+
+    async def remove_quarantine(self, vm: str) -> QuarantineReport:
+        """``vm``: name or vm-id. Raises NotFound when it is not in quarantine."""
         ...
 
     async def read_policies(self) -> PolicyRevision: ...

@@ -29,6 +29,7 @@ from appliance.api.documents import (
     VmEdit,
     VmList,
 )
+from appliance.api.quarantine import QuarantineList, QuarantineOrder, QuarantineReport
 from appliance.api.queries import (
     AlertQuery,
     AlertStreamQuery,
@@ -90,7 +91,7 @@ class Route:
     stream, the metrics page, the OpenAPI description); ``raw_body`` passes the text of the body on, checked by
     nothing but its syntax, so that one parser reports all its faults."""
 
-    method: Literal["GET", "PUT", "POST"]
+    method: Literal["GET", "PUT", "POST", "DELETE"]
     path: str
     operation: str
     summary: str
@@ -191,6 +192,18 @@ async def _alerts(control: Control, call: Call) -> Reply:
 
 async def _alert(control: Control, call: Call) -> Reply:
     return Reply(200, await control.find_alert(int(call.path["alertId"])))
+
+
+async def _quarantines(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_quarantines())
+
+
+async def _add_quarantine(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.add_quarantine(call.body))
+
+
+async def _remove_quarantine(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.remove_quarantine(call.path["vmId"]))
 
 
 async def _flows(control: Control, call: Call) -> Reply:
@@ -401,6 +414,34 @@ ROUTES: tuple[Route, ...] = (
         {200: AlertDetail},
         (404,),
         path_parameter=_ALERT_ID,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/quarantines",
+        "findQuarantines",
+        "The VMs that are shut off.",
+        _quarantines,
+        {200: QuarantineList},
+    ),
+    Route(
+        "POST",
+        f"{BASE}/quarantines",
+        "addQuarantine",
+        "Shut a VM off, or give its quarantine another end.",
+        _add_quarantine,
+        {200: QuarantineReport},
+        (404, 413, 415, 422),
+        body=QuarantineOrder,
+    ),
+    Route(
+        "DELETE",
+        f"{BASE}/quarantines/{{vmId}}",
+        "removeQuarantine",
+        "End a VM's quarantine.",
+        _remove_quarantine,
+        {200: QuarantineReport},
+        (404,),
+        path_parameter=_VM_ID,
     ),
     Route(
         "GET",

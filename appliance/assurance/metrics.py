@@ -107,6 +107,10 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_policy_bytes_total": Spec(
         "counter", ("policy", "action"), "Bytes that a policy decided, since its flows stand."
     ),
+    "hairpin_quarantined_vms": Spec("gauge", (), "VMs that are shut off."),
+    "hairpin_quarantine_dropped_packets_total": Spec(
+        "counter", (), "Packets from and to quarantined VMs, dropped since their flows stand."
+    ),
     "hairpin_guard_dropped_packets_total": Spec(
         "counter", ("reason",), "Packets dropped before any policy: spoofed, tagged, stray."
     ),
@@ -210,6 +214,7 @@ def _find_proofs(snapshot: Snapshot) -> Iterable[Sample]:
 
 def _find_counts(snapshot: Snapshot) -> Iterable[Sample]:
     counters = snapshot.counters
+    yield "hairpin_quarantined_vms", (), len(snapshot.policies.quarantined)
     if counters is None:
         return
     actions = {policy.name: str(policy.action) for policy in snapshot.policies.policies}
@@ -221,6 +226,8 @@ def _find_counts(snapshot: Snapshot) -> Iterable[Sample]:
         total = sum(count.packets for count in counts.values())
         yield "hairpin_guard_dropped_packets_total", (reason,), total
     yield "hairpin_guard_dropped_packets_total", ("stray",), counters.strays.packets
+    shut_off = sum(count.packets for count in counters.quarantined.values())
+    yield "hairpin_quarantine_dropped_packets_total", (), shut_off
 
 
 def _find_engines(snapshot: Snapshot) -> Iterable[Sample]:

@@ -56,6 +56,7 @@ inspection:
   netns: null
   dialect: auto
   requireHyperscan: true
+  superPackets: true
   eveLimitBytes: 268435456
 canary:
   interface: hairpin-canary

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -34,6 +34,12 @@ from appliance.api.control import (
     Unavailable,
     check_match,
 )
+from appliance.api.quarantine import (
+    QuarantinedVm,
+    QuarantineList,
+    QuarantineOrder,
+    QuarantineReport,
+)
 from appliance.assurance.failures import Concerned
 from appliance.assurance.ledger import Inputs
 from appliance.export.exporter import Exporter
@@ -45,15 +51,16 @@ from appliance.management.flows import FlowIngest
 from appliance.management.health import Facts, build_health, is_inspecting
 from appliance.management.knowledge import Knowledge, Snapshot
 from appliance.management.pages import cut_page, parse_cursor, read_seconds
+from appliance.management.quarantine import Quarantine, QuarantineWork, build_quarantined
 from appliance.management.rulework import RuleWork
 from appliance.settings import Settings
 from appliance.version import find_version
 from appliance.visibility.state import Sample, build_sample, compare, is_fresh, read_state
 from steering.coverage import build_coverage
 from steering.decide import Connection
-from steering.errors import HairpinError
-from steering.explain import explain
-from steering.model import Lane, MachineRecord, PolicySet
+from steering.errors import HairpinError, SwitchError
+from steering.explain import explain, find_machine
+from steering.model import Lane, Machine, MachineRecord, PolicySet
 from steering.parse import parse_documents, parse_objects, render_documents
 from steering.reconcile import Reconciler
 
@@ -109,6 +116,7 @@ class Management:
         exporters: Sequence[Exporter],
         rules: RuleWork,
         in_force: InForce,
+        quarantines: Mapping[str, Quarantine],
         read_inspection: Callable[[], InspectionState | None],
         watches: Watches,
     ) -> None:
@@ -125,6 +133,9 @@ class Management:
         self._watches = watches
         self._coverage = CoverageWork(store, reconciler, watches, self.build_facts)
         self._started = time.time()
+        self.quarantine = QuarantineWork(
+            store, reconciler, quarantines, self._take_quarantine, time.time
+        )
         self._change = asyncio.Lock()
         self._first_sample: Sample | None = None
         self._notings: set[asyncio.Task[None]] = set()
@@ -208,6 +219,7 @@ class Management:
         async with self._change:
             check_match(if_match, self._in_force.etag)
             policies = await asyncio.to_thread(parse_documents, text)
+            policies = replace(policies, quarantined=self.quarantine.vm_ids)
             before = self._in_force.policies
             plan = await self._reconciler.plan(policies)
             now_in_force = self._in_force
@@ -248,6 +260,43 @@ class Management:
             pairs=pairs,
             warnings=self._build_warnings(policies, len(bundle.changes)),
         )
+
+    # Quarantine
+
+    async def find_quarantines(self) -> QuarantineList:
+        return QuarantineList(items=await self._build_quarantined(self.quarantine.find()))
+
+    async def add_quarantine(self, order: QuarantineOrder) -> QuarantineReport:
+        machine = find_machine(self._reconciler.machines(), order.vm) or next(
+            (
+                Machine(record.vm_id, record.name, record.tags, (), ())
+                for record in self._in_force.policies.machines
+                if order.vm in (record.vm_id, record.name)
+            ),
+            None,
+        )
+        if machine is None:
+            raise NotFound(f"no VM {order.vm}", "`hairpin vms` lists those that are known")
+        one, took = await self.quarantine.add(machine, order.seconds, order.reason)
+        return QuarantineReport(quarantine=(await self._build_quarantined([one]))[0], seconds=took)
+
+    async def remove_quarantine(self, vm: str) -> QuarantineReport:
+        one, took = await self.quarantine.remove(vm)
+        return QuarantineReport(quarantine=(await self._build_quarantined([one]))[0], seconds=took)
+
+    async def _build_quarantined(self, found: Sequence[Quarantine]) -> tuple[QuarantinedVm, ...]:
+        try:
+            counters = await self._reconciler.read_counters() if found else None
+        except SwitchError:
+            counters = None
+        machines = self._reconciler.machines()
+        return tuple(build_quarantined(one, machines, counters) for one in found)
+
+    def _take_quarantine(self, cause: str) -> None:
+        policies = replace(self._in_force.policies, quarantined=self.quarantine.vm_ids)
+        self._in_force = InForce(self._in_force.number, policies)
+        self._note_snapshot()
+        self._watches.ledger.request(cause)
 
     async def _note_applied(
         self, number: int, at: float, report: dict[str, Any], text: str

@@ -16,7 +16,7 @@ from appliance.lab import LabState
 from appliance.lab.processes import find_pids_in
 from steering.errors import HairpinError, WrongInput
 from steering.run import run
-from tests.support.lab import reaches, run_in_vm, wait_until
+from tests.support.lab import reaches, wait_until
 
 pytestmark = pytest.mark.lab
 

@@ -70,6 +70,12 @@ from appliance.api.documents import (
     build_time,
 )
 from appliance.api.problems import find_faults
+from appliance.api.quarantine import (
+    QuarantinedVm,
+    QuarantineList,
+    QuarantineOrder,
+    QuarantineReport,
+)
 from appliance.api.queries import (
     AlertFilter,
     AlertQuery,
@@ -126,6 +132,7 @@ class FakeControl:
         self.documents = PolicyDocuments(api_version="hairpin/v1", kind="List", items=())
         self.job = UpdateJob(state="idle")
         self.job_reads_left = 0
+        self.quarantined: dict[str, QuarantinedVm] = {}
 
     @property
     def etag(self) -> str:
@@ -211,6 +218,37 @@ class FakeControl:
             raise NotFound(f"there is no VM {vm_id}", "`hairpin vms` lists them")
         check_match(if_match, self.etag)
         return self._apply(self.documents, dry_run)
+
+    async def find_quarantines(self) -> QuarantineList:
+        self._check()
+        return QuarantineList(items=tuple(self.quarantined.values()))
+
+    async def add_quarantine(self, order: QuarantineOrder) -> QuarantineReport:
+        self._check()
+        vm = next((vm for vm in (WEB, APP) if order.vm in (vm.name, vm.vm_id)), None)
+        if vm is None:
+            raise NotFound(f"no VM {order.vm}", "`hairpin vms` lists those that are known")
+        until = None if order.seconds is None else START + timedelta(seconds=order.seconds)
+        one = QuarantinedVm(
+            vm_id=vm.vm_id or "",
+            vm=vm.name,
+            since=START,
+            until=until,
+            reason=order.reason,
+            on_switch=True,
+            dropped_packets=7,
+            dropped_bytes=700,
+        )
+        self.quarantined[vm.name] = one
+        return QuarantineReport(quarantine=one, seconds=0.011)
+
+    async def remove_quarantine(self, vm: str) -> QuarantineReport:
+        self._check()
+        one = next((o for o in self.quarantined.values() if vm in (o.vm, o.vm_id)), None)
+        if one is None:
+            raise NotFound(f"{vm} is not in quarantine", "`hairpin quarantine list` shows them")
+        del self.quarantined[one.vm]
+        return QuarantineReport(quarantine=one, seconds=0.01)
 
     async def read_policies(self) -> PolicyRevision:
         self._check()

@@ -79,5 +79,5 @@ def test_a_query_parameter_is_never_null() -> None:
 
 def test_the_guide_names_every_endpoint() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    told = set(re.findall(r"^\| `(GET|PUT|POST) (\S+)` \|", guide, re.MULTILINE))
+    told = set(re.findall(r"^\| `(GET|PUT|POST|DELETE) (\S+)` \|", guide, re.MULTILINE))
     assert told == {(route.method, route.path.removeprefix(BASE)) for route in ROUTES}

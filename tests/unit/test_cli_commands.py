@@ -119,6 +119,7 @@ def program(
         ("flows", "/flows"),
         ("events", "/events"),
         ("health", "/health"),
+        ("quarantine list", "/quarantines"),
         ("policy show", "/policies"),
         ("rules show", "/rules"),
         ("rules show --sid 9000001", "/rules/signatures?sid=9000001"),
@@ -397,3 +398,35 @@ def test_help_and_version_need_nothing(capsys: pytest.CaptureFixture[str]) -> No
     assert "policy" in capsys.readouterr().out
     assert run_cli(["version"]) == 0
     assert capsys.readouterr().out.startswith("hairpin ")
+
+
+def test_a_vm_is_shut_off_listed_and_let_out_again(program: Program) -> None:
+    none = program.run("quarantine", "list")
+    assert (none.status, none.out) == (0, "no VM is in quarantine\n")
+    begun = program.run("quarantine", "add", "web1", "--for", "15m", "--reason", "odd DNS")
+    assert (begun.status, begun.err) == (0, "")
+    assert begun.out.startswith("VM web1 is shut off after 0.011 s; until 20")
+    shown = program.run("quarantine", "list").out
+    assert all(text in shown for text in ("web1", "odd DNS", " 7 "))
+    ended = program.run("quarantine", "remove", "web1", "--json")
+    assert ended.document["quarantine"]["vm"] == "web1"
+    assert program.run("quarantine", "remove", "web1").status == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("add", "web1", "--for", "soon"),
+        ("add", "web1", "--for", "0s"),
+        ("add", "web1", "--for", "367d"),
+        ("add", "no such vm"),
+        ("add", "web1", "--reason", "two\nlines"),
+        ("add", "web1", "--reason", "x" * 201),
+        ("add",),
+    ],
+)
+def test_a_wrong_quarantine_is_refused_before_anything_is_sent(
+    program: Program, argv: tuple[str, ...]
+) -> None:
+    assert program.run("quarantine", *argv).status == 2
+    assert program.control.quarantined == {}
