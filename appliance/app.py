@@ -167,6 +167,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         "disk": watches.disk.run(),
         "revival": revival.run(),
         "quarantine": management.quarantine.run(),
+        "shun": management.shun.run(),
     }
     tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     tasks += [asyncio.create_task(one.run(), name="export") for one in exporters]

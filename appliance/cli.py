@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from appliance.commands import lab, policy, proof, quarantine, reading, rules, service
+from appliance.commands import lab, policy, proof, quarantine, reading, rules, service, shun
 from appliance.commands.output import JSON_WANTED, OutputClosed, print_error
 from steering.errors import HairpinError
 
@@ -35,6 +35,7 @@ def build_app() -> typer.Typer:
     app.command("coverage")(proof.show_coverage)
     app.command("canary")(proof.send_canaries)
     app.add_typer(quarantine.app, name="quarantine")
+    app.add_typer(shun.app, name="shun")
     app.command("explain")(reading.show_explanation)
     app.command("alerts")(reading.show_alerts)
     app.command("flows")(reading.show_flows)

@@ -41,6 +41,7 @@ from appliance.api.documents import (
 )
 from appliance.api.quarantine import QuarantineList, QuarantineOrder, QuarantineReport
 from appliance.api.routes import BASE, JSON, YAML
+from appliance.api.shuns import ShunList, ShunReport
 from steering.errors import Conflict, FieldError, HairpinError, WrongInput
 
 CLIENT_FILES = (Path("/etc/hairpin/client.json"), Path("/run/hairpin-lab/lab/client.json"))
@@ -234,6 +235,13 @@ class Client:
 
     def remove_quarantine(self, vm: str) -> QuarantineReport:
         return asyncio.run(self._ask("DELETE", f"/quarantines/{quote(vm)}", QuarantineReport))[0]
+
+    def find_shuns(self) -> ShunList:
+        return self._get("/shuns", ShunList)
+
+    def remove_shuns(self, shun_id: str | None) -> ShunReport:
+        path = "/shuns" if shun_id is None else f"/shuns/{quote(shun_id)}"
+        return asyncio.run(self._ask("DELETE", path, ShunReport))[0]
 
     def find_flows(self, query: Values) -> FlowPage:
         return self._get("/flows", FlowPage, query)

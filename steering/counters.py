@@ -71,7 +71,8 @@ class Counters:
     ``claims``, by the ofport of an address's holder (0: it is gone): dropped ARP and ND of others that
     claimed an address which the documents give to the holder's VM.
     ``unread``, by the sender's ofport: dropped unicast frames between VMs in scope that are neither IP nor
-    ARP. ``quarantined``, by ofport: dropped since it was from or to a quarantined VM.
+    ARP. ``quarantined``, by ofport: dropped since it was from or to a quarantined VM. ``shunned``, by
+    policy: dropped by the switch since the engine had blocked its flow, of flows that are shunned now.
     ``many``: broadcast and multicast of VMs in scope, which went direct; without ARP and ND.
     """
 
@@ -86,6 +87,7 @@ class Counters:
     claims: dict[int, Count] = field(default_factory=dict)
     unread: dict[int, Count] = field(default_factory=dict)
     quarantined: dict[int, Count] = field(default_factory=dict)
+    shunned: dict[str, Count] = field(default_factory=dict)
     many: Count = Count()
     tallies: tuple[Tally, ...] = ()
 
@@ -139,6 +141,8 @@ def _find_meaning(
             return "claims", number
         case CookieKind.UNREAD:
             return "unread", number
+        case CookieKind.SHUN if number in policies:
+            return "shunned", policies[number]
         case CookieKind.QUARANTINE:
             return "quarantined", number
         case CookieKind.MANY:
@@ -198,6 +202,7 @@ def add_tallies(
         claims=find_ports("claims"),
         unread=find_ports("unread"),
         quarantined=find_ports("quarantined"),
+        shunned={str(key): count for (kind, key), count in sums.items() if kind == "shunned"},
         many=find("many"),
         tallies=tallies,
     )

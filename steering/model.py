@@ -67,11 +67,15 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
+    """``shun_seconds``: for so long the switch itself drops a flow that the engine blocked; None: not."""
+
     profile: Profile
     on_failure: OnFailure
+    shun_seconds: int | None = None
 
     def __str__(self) -> str:
-        return f"inspect ({self.profile}, {self.on_failure} on failure)"
+        shun = "" if self.shun_seconds is None else f", shun {self.shun_seconds} s"
+        return f"inspect ({self.profile}, {self.on_failure} on failure{shun})"
 
 
 @dataclass(frozen=True, slots=True)

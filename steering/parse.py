@@ -336,8 +336,13 @@ def _render_service(service: Service) -> dict[str, object]:
 def _render_action(action: Action) -> dict[str, object]:
     match action:
         case Inspect():
+            shun = {} if action.shun_seconds is None else {"shunSeconds": action.shun_seconds}
             return {
-                "inspect": {"profile": str(action.profile), "onFailure": str(action.on_failure)}
+                "inspect": {
+                    "profile": str(action.profile),
+                    "onFailure": str(action.on_failure),
+                    **shun,
+                }
             }
         case Direct():
             return {"direct": {"reason": action.reason}}

@@ -16,6 +16,7 @@ from steering.fields import (
     PRIORITIES,
     REASON,
     REASON_RULE,
+    SHUN_SECONDS,
     UUID,
     VM_ID,
 )
@@ -207,7 +208,7 @@ def _read_action(reader: ItemReader, value: object, path: str) -> Action | None:
 
 
 def _read_inspect(reader: ItemReader, value: object, path: str) -> Inspect | None:
-    found = reader.mapping(value, path, ("profile", "onFailure"))
+    found = reader.mapping(value, path, ("profile", "onFailure"), ("shunSeconds",))
     if found is None:
         return None
     profile = on_failure = None
@@ -215,4 +216,9 @@ def _read_inspect(reader: ItemReader, value: object, path: str) -> Inspect | Non
         profile = reader.choice(found["profile"], f"{path}.profile", Profile)
     if "onFailure" in found:
         on_failure = reader.choice(found["onFailure"], f"{path}.onFailure", OnFailure)
-    return Inspect(profile, on_failure) if profile and on_failure else None
+    shun = None
+    if "shunSeconds" in found:
+        shun = reader.integer(found["shunSeconds"], f"{path}.shunSeconds", *SHUN_SECONDS)
+        if profile is Profile.DETECT:
+            reader.fault(f"{path}.shunSeconds", "a policy that only detects shuns nothing")
+    return Inspect(profile, on_failure, shun) if profile and on_failure else None

@@ -112,6 +112,7 @@ class CookieKind(IntEnum):
     )
     MANY = 12  # direct: frames of VMs in scope that are meant for many; number 0
     QUARANTINE = 13  # a drop: whatever a quarantined VM sends, or is sent; number: its ofport
+    SHUN = 14  # a drop that ends by itself: a flow that the engine blocked; number: of its policy
 
 
 def build_cookie(kind: CookieKind, number: int = 0) -> int:

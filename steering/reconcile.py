@@ -32,6 +32,7 @@ from steering.events import (
 from steering.flows import Program
 from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
+from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
@@ -300,6 +301,18 @@ class Reconciler:
         if bundle:
             await self._switch.send_bundle(bundle)
         return time.monotonic() - began
+
+    async def read_shuns(self) -> tuple[Shunned, ...]:
+        """The flows that the switch drops because the engine blocked them. Raises SwitchError."""
+        return await self._switch.read_shuns()
+
+    async def add_shuns(self, flows: Sequence[ShunFlow]) -> None:
+        """Raises SwitchError."""
+        await self._switch.add_shuns(flows)
+
+    async def remove_shuns(self, shunned: Sequence[Shunned]) -> None:
+        """Raises SwitchError."""
+        await self._switch.remove_shuns(shunned)
 
     # The inside
 

@@ -46,6 +46,7 @@ from appliance.api.queries import (
     HistoryQuery,
     RuleQuery,
 )
+from appliance.api.shuns import ShunList, ShunReport
 from steering.errors import Conflict, HairpinError
 
 IfMatch = frozenset[str]
@@ -120,6 +121,12 @@ class Control(Protocol):
 
     async def remove_quarantine(self, vm: str) -> QuarantineReport:
         """``vm``: name or vm-id. Raises NotFound when it is not in quarantine."""
+        ...
+
+    async def find_shuns(self) -> ShunList: ...
+
+    async def remove_shuns(self, shun_id: str | None) -> ShunReport:
+        """One, or (None) all. Raises NotFound."""
         ...
 
     async def read_policies(self) -> PolicyRevision: ...

@@ -44,6 +44,7 @@ from appliance.api.queries import (
     Query,
     RuleQuery,
 )
+from appliance.api.shuns import ShunList, ShunReport
 
 BASE = "/api/v1"
 JSON = "application/json"
@@ -206,6 +207,14 @@ async def _remove_quarantine(control: Control, call: Call) -> Reply:
     return Reply(200, await control.remove_quarantine(call.path["vmId"]))
 
 
+async def _shuns(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_shuns())
+
+
+async def _remove_shuns(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.remove_shuns(call.path.get("shunId")))
+
+
 async def _flows(control: Control, call: Call) -> Reply:
     return Reply(200, await control.find_flows(call.query))
 
@@ -225,6 +234,12 @@ _ALERT_ID = PathParameter(
     r"0|[1-9][0-9]{0,17}",
     "An alert's id.",
     {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+)
+_SHUN_ID = PathParameter(
+    "shunId",
+    r"[0-9a-f]{8}",
+    "A shunned flow's id.",
+    {"type": "string", "pattern": r"^[0-9a-f]{8}$"},
 )
 _REVISION_HEADERS = {
     "ETag": "Entity tag of the revision in force, in quotes.",
@@ -442,6 +457,32 @@ ROUTES: tuple[Route, ...] = (
         {200: QuarantineReport},
         (404,),
         path_parameter=_VM_ID,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/shuns",
+        "findShuns",
+        "The blocked flows that the switch drops by itself.",
+        _shuns,
+        {200: ShunList},
+    ),
+    Route(
+        "DELETE",
+        f"{BASE}/shuns",
+        "removeShuns",
+        "Give all of them back to the engine.",
+        _remove_shuns,
+        {200: ShunReport},
+    ),
+    Route(
+        "DELETE",
+        f"{BASE}/shuns/{{shunId}}",
+        "removeShun",
+        "Give one of them back to the engine.",
+        _remove_shuns,
+        {200: ShunReport},
+        (404,),
+        path_parameter=_SHUN_ID,
     ),
     Route(
         "GET",

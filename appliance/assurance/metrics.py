@@ -111,6 +111,11 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_quarantine_dropped_packets_total": Spec(
         "counter", (), "Packets from and to quarantined VMs, dropped since their flows stand."
     ),
+    "hairpin_shun_dropped_packets": Spec(
+        "gauge",
+        ("policy",),
+        "Packets that the switch dropped of flows that are shunned now: the engine had blocked them.",
+    ),
     "hairpin_guard_dropped_packets_total": Spec(
         "counter", ("reason",), "Packets dropped before any policy: spoofed, tagged, stray."
     ),
@@ -226,6 +231,8 @@ def _find_counts(snapshot: Snapshot) -> Iterable[Sample]:
         total = sum(count.packets for count in counts.values())
         yield "hairpin_guard_dropped_packets_total", (reason,), total
     yield "hairpin_guard_dropped_packets_total", ("stray",), counters.strays.packets
+    for name, count in counters.shunned.items():
+        yield "hairpin_shun_dropped_packets", (name,), count.packets
     shut_off = sum(count.packets for count in counters.quarantined.values())
     yield "hairpin_quarantine_dropped_packets_total", (), shut_off
 

@@ -39,6 +39,8 @@ JSON_SHAPES = {
     "quarantine add": "QuarantineReport",
     "quarantine list": "QuarantineList",
     "quarantine remove": "QuarantineReport",
+    "shun list": "ShunList",
+    "shun remove": "ShunReport",
     "alerts": "AlertPage; with `--id` AlertDetail; with `--follow` an Alert a line",
     "flows": "FlowPage",
     "events": "EventPage",

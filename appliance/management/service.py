@@ -40,6 +40,7 @@ from appliance.api.quarantine import (
     QuarantineOrder,
     QuarantineReport,
 )
+from appliance.api.shuns import ShunList, ShunReport
 from appliance.assurance.failures import Concerned
 from appliance.assurance.ledger import Inputs
 from appliance.export.exporter import Exporter
@@ -53,6 +54,7 @@ from appliance.management.knowledge import Knowledge, Snapshot
 from appliance.management.pages import cut_page, parse_cursor, read_seconds
 from appliance.management.quarantine import Quarantine, QuarantineWork, build_quarantined
 from appliance.management.rulework import RuleWork
+from appliance.management.shun import ShunWork
 from appliance.settings import Settings
 from appliance.version import find_version
 from appliance.visibility.state import Sample, build_sample, compare, is_fresh, read_state
@@ -133,6 +135,7 @@ class Management:
         self._watches = watches
         self._coverage = CoverageWork(store, reconciler, watches, self.build_facts)
         self._started = time.time()
+        self.shun = ShunWork(store, ingest, reconciler, lambda: self._in_force.policies)
         self.quarantine = QuarantineWork(
             store, reconciler, quarantines, self._take_quarantine, time.time
         )
@@ -291,6 +294,12 @@ class Management:
             counters = None
         machines = self._reconciler.machines()
         return tuple(build_quarantined(one, machines, counters) for one in found)
+
+    async def find_shuns(self) -> ShunList:
+        return await self.shun.find()
+
+    async def remove_shuns(self, shun_id: str | None) -> ShunReport:
+        return await self.shun.remove(shun_id)
 
     def _take_quarantine(self, cause: str) -> None:
         policies = replace(self._in_force.policies, quarantined=self.quarantine.vm_ids)

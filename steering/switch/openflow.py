@@ -7,7 +7,7 @@ wrote them, since compiled flows are written the same way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -28,6 +28,7 @@ from steering.pipeline import (
     parse_cookie,
 )
 from steering.run import run_async
+from steering.shun import PRIORITY, ShunFlow, Shunned, find_shun_id, is_shun
 
 VERSION = ("-O", "OpenFlow15", "--no-names")
 OURS = f"cookie={COOKIE_PREFIX << 48:#x}/{COOKIE_MASK:#x}"
@@ -103,6 +104,18 @@ def parse_learned(line: str) -> LearnedAddress | None:
         return None
 
 
+def parse_shunned(line: str) -> Shunned | None:
+    """A line of dump-flows with its statistics; None where it is no shunned flow."""
+    counter = parse_flow_counter(line)
+    owner = parse_cookie(counter.flow.cookie)
+    if owner is None or owner[0] is not CookieKind.SHUN:
+        return None
+    info = OFPFlow(line).info
+    age, most = float(str(info.get("duration", "0")).rstrip("s")), info.get("hard_timeout", 0)
+    match = counter.flow.key.match
+    return Shunned(find_shun_id(match), match, owner[1], most - age, counter.packets, counter.bytes)
+
+
 _CLAIM = re.compile(r"actions=(?:load|set_field):(0x[0-9a-f]+|\d+)")
 _BUCKET_ID = re.compile(r"bucket_id:\d+,")
 
@@ -154,11 +167,15 @@ class OpenFlowSwitch:
         return (line for line in text.splitlines() if " actions=" in line)
 
     async def read_present(self) -> Present:
-        """All flows (but learned addresses) and groups of ours. Raises SwitchError."""
+        """All flows (but learned addresses and shunned flows) and groups of ours. Raises SwitchError."""
         lines = await self._flow_lines("--no-stats", self.target, OURS)
         flows = [parse_flow_counter(line).flow for line in lines]
         return Present(
-            tuple(flow for flow in flows if flow.key.table not in LEARNED_TABLES),
+            tuple(
+                flow
+                for flow in flows
+                if flow.key.table not in LEARNED_TABLES and not is_shun(flow.cookie)
+            ),
             tuple(await self.read_groups()),
         )
 
@@ -180,6 +197,26 @@ class OpenFlowSwitch:
         """Send all changes as one OpenFlow bundle: all of it takes effect, or nothing. Raises SwitchError."""
         if bundle:
             await self._ofctl("bundle", self.target, "-", stdin=bundle.text)
+
+    async def read_shuns(self) -> tuple[Shunned, ...]:
+        """The flows that are shunned now. Raises SwitchError."""
+        cookie = f"cookie={build_cookie(CookieKind.SHUN):#x}/{0xFFFF_FF00_0000_0000:#x}"
+        table = f"table={Table.CONNECTION.number},{cookie}"
+        lines = await self._flow_lines(self.target, table)
+        return tuple(filter(None, map(parse_shunned, lines)))
+
+    async def add_shuns(self, flows: Sequence[ShunFlow]) -> None:
+        """Shun these, or begin their time anew. Raises SwitchError."""
+        if flows:
+            text = "".join(f"{flow.command}\n" for flow in flows)
+            await self._ofctl("bundle", self.target, "-", stdin=text)
+
+    async def remove_shuns(self, shunned: Sequence[Shunned]) -> None:
+        """Raises SwitchError. One that has ended meanwhile is none the less gone."""
+        if shunned:
+            head = f"flow delete_strict table={Table.CONNECTION.number},priority={PRIORITY}"
+            text = "".join(f"{head},{one.match}\n" for one in shunned)
+            await self._ofctl("bundle", self.target, "-", stdin=text)
 
     async def forget_addresses(self, ofport: int) -> None:
         """Delete what was learned of a port that is gone, so that its number can be another VM's."""

@@ -1,4 +1,4 @@
-"""Quarantine on the real switch: at once, both ways, in time again, and whatever is restarted."""
+"""Quarantine and shunning on the real switch: at once, both ways, in time again, whatever is restarted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from appliance import lab as the_lab
 from appliance.lab import LabState
-from tests.support.appliance import Appliance, build_base, build_policy, inspect
+from tests.support.appliance import BLOCKED, Appliance, build_base, build_policy, inspect
 from tests.support.lab import reaches, wait_until
 
 pytestmark = pytest.mark.lab
@@ -87,3 +87,28 @@ def test_it_ends_in_time_and_holds_over_restarts(appliance: Appliance) -> None:
 def test_who_is_not_there_is_refused(appliance: Appliance) -> None:
     assert appliance.cli("quarantine", "add", "no-such-vm").status == 1
     assert appliance.cli("quarantine", "remove", "web-1").status == 1
+
+
+def test_a_blocked_flow_is_dropped_by_the_switch_for_a_while(appliance: Appliance) -> None:
+    action = inspect("prevent")
+    action["inspect"]["shunSeconds"] = 6
+    policy = build_policy("web-to-app", "web", "app", action)
+    appliance.apply([*build_base(appliance.lab), policy])
+    appliance.start_web("app-1")
+    assert appliance.curl("web-1", "app-1").status == 0
+    before = appliance.read_switch()
+    # The client sends again and again what was dropped.
+    assert appliance.attack("web-1", "app-1", "-m", "4").status == BLOCKED
+    shunned = appliance.read("shun", "list")["items"]
+    assert [one["policy"] for one in shunned] == ["web-to-app"] * 2
+    assert {"in_port=1," in one["flow"] for one in shunned} == {True, False}
+    assert sum(one["droppedPackets"] for one in shunned) > 0
+    # Neither for other connections of the two, nor for what the reconciler thinks of the switch.
+    assert appliance.curl("web-1", "app-1").status == 0
+    assert appliance.read_switch()[1] == before[1]
+    events = appliance.read("events", "--kind", "steering.drift_mended")["items"]
+    assert [event for event in events if "shun" in event["message"]] == []
+    assert appliance.cli("shun", "remove", shunned[0]["id"]).status == 0
+    left = [one["id"] for one in appliance.read("shun", "list")["items"]]
+    assert left == [shunned[1]["id"]]
+    assert wait_until(lambda: appliance.read("shun", "list")["items"] == [], 8)

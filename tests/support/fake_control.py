@@ -87,6 +87,7 @@ from appliance.api.queries import (
     HistoryQuery,
     RuleQuery,
 )
+from appliance.api.shuns import ShunList, ShunnedFlow, ShunReport
 from steering.errors import FieldError, WrongInput
 from steering.model import OnFailure, Profile
 
@@ -132,6 +133,16 @@ class FakeControl:
         self.documents = PolicyDocuments(api_version="hairpin/v1", kind="List", items=())
         self.job = UpdateJob(state="idle")
         self.job_reads_left = 0
+        self.shunned = [
+            ShunnedFlow(
+                id="0123abcd",
+                flow="tcp,in_port=1,nw_src=10.77.0.1,nw_dst=10.77.0.2,tp_src=40005,tp_dst=80",
+                policy="web-to-app",
+                seconds_left=41.5,
+                dropped_packets=3,
+                dropped_bytes=300,
+            )
+        ]
         self.quarantined: dict[str, QuarantinedVm] = {}
 
     @property
@@ -249,6 +260,18 @@ class FakeControl:
             raise NotFound(f"{vm} is not in quarantine", "`hairpin quarantine list` shows them")
         del self.quarantined[one.vm]
         return QuarantineReport(quarantine=one, seconds=0.01)
+
+    async def find_shuns(self) -> ShunList:
+        self._check()
+        return ShunList(items=tuple(self.shunned), limit=4000, refused=0)
+
+    async def remove_shuns(self, shun_id: str | None) -> ShunReport:
+        self._check()
+        gone = [one for one in self.shunned if shun_id in (None, one.id)]
+        if shun_id is not None and not gone:
+            raise NotFound(f"no flow {shun_id} is shunned", "`hairpin shun list` shows them")
+        self.shunned = [one for one in self.shunned if one not in gone]
+        return ShunReport(removed=len(gone))
 
     async def read_policies(self) -> PolicyRevision:
         self._check()

@@ -120,6 +120,7 @@ def program(
         ("events", "/events"),
         ("health", "/health"),
         ("quarantine list", "/quarantines"),
+        ("shun list", "/shuns"),
         ("policy show", "/policies"),
         ("rules show", "/rules"),
         ("rules show --sid 9000001", "/rules/signatures?sid=9000001"),
@@ -430,3 +431,17 @@ def test_a_wrong_quarantine_is_refused_before_anything_is_sent(
 ) -> None:
     assert program.run("quarantine", *argv).status == 2
     assert program.control.quarantined == {}
+
+
+def test_shunned_flows_are_listed_and_given_back(program: Program) -> None:
+    shown = program.run("shun", "list").out
+    assert all(text in shown for text in ("0123abcd", "web-to-app", "42", "tp_dst=80"))
+    assert program.run("shun", "remove", "ffffffff").status == 1
+    assert program.run("shun", "remove", "0123abcd").out == "1 flows given back to the engine\n"
+    assert program.run("shun", "list").out == "no flow is shunned\n"
+    assert program.run("shun", "remove", "--all", "--json").document == {"removed": 0}
+
+
+@pytest.mark.parametrize("argv", [(), ("--all", "0123abcd"), ("no-id",), ("0123ABCD",)])
+def test_what_to_give_back_is_said_in_one_way(program: Program, argv: tuple[str, ...]) -> None:
+    assert program.run("shun", "remove", *argv).status == 2
