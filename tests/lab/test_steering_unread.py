@@ -117,7 +117,7 @@ async def test_a_leg_narrower_than_an_inspected_vm_s_port_is_told(follower: Foll
     try:
         await follower.wait(find_told)
         assert find_told() == [
-            f"leg {leg} carries 1600 bytes, VM port {web.interface} sends up to 9000: larger frames of "
+            f"leg {leg} carries 1504 bytes, VM port {web.interface} sends up to 9000: larger frames of "
             f"inspected pairs are lost; `ip link set dev {leg} mtu 9004`, and the same for its device "
             "in the service host"
             for leg in legs
