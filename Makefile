@@ -3,12 +3,13 @@
 VENV ?= .venv
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 UV ?= uv
 BIN := $(VENV)/bin
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-find-links
 
-.PHONY: help setup demo test test-unit check chaos chaos-quick lock clean
+.PHONY: help setup demo test test-unit check chaos chaos-quick bench bench-quick lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -36,6 +37,12 @@ chaos: setup  ## faults on real parts, each with its figures (half an hour): bui
 
 chaos-quick: setup  ## a part of it, in under five minutes: build/chaos-quick.json
 	$(BIN)/python -m tests.chaos --quick --tries 3 $(CHAOS_ARGS)
+
+bench: setup  ## the product beside its peers (about 10 minutes): build/bench.json
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+bench-quick: setup  ## one short round of it, which asserts no times: build/bench-quick.json
+	@$(BIN)/python -m tests.bench --quick $(BENCH_ARGS)
 
 lock:  ## lock the dependencies again (needs uv; UPGRADE=--upgrade takes newer ones)
 	$(COMPILE) $(UPGRADE) -o requirements.lock pyproject.toml

@@ -30,6 +30,8 @@ PACKAGES=(
     gcc libc6-dev
     # what attackers send frames with, for the tests of evasions
     hping3 nmap thc-ipv6 ipv6toolkit
+    # what the benchmark loads its paths with
+    iperf3 wrk
     # a clock that jumps, for one process, in the fault campaign
     faketime
     # the ground they stand on

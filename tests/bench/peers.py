@@ -20,6 +20,7 @@ import yaml
 from appliance.inspection.config import build_engine_config, render_engine_config
 from appliance.lab import LabState
 from appliance.lab.hypervisor import widen_sockets
+from appliance.lab.plan import VM_MTU
 from appliance.settings import Settings, parse_settings
 from steering.run import run
 from tests.support.inspection_lane import LaneLab, wait_for
@@ -44,14 +45,14 @@ class PeerPorts:
 
 
 def add_ports(lab: LabState, ports: PeerPorts, *, offloads: bool) -> None:
-    """The namespace, two pairs of links, and both ports on the switch."""
+    """The namespace, two pairs of links, and both ports on the switch. Frames have no tag here: the VMs' MTU."""
     run(["ip", "netns", "add", ports.netns])
     quiet = [f"net.ipv6.conf.{what}.disable_ipv6=1" for what in ("all", "default")]
     run(["ip", "netns", "exec", ports.netns, "sysctl", "-q", "-w", *quiet])
     for number, leg in enumerate(LEGS):
         port, device = ports.port(leg), ports.device(leg)
-        peer = ["peer", "name", device, "netns", ports.netns, "mtu", str(lab.leg_mtu)]
-        link = ["ip", "-n", lab.hypervisor, "link", "add", port, "mtu", str(lab.leg_mtu)]
+        peer = ["peer", "name", device, "netns", ports.netns, "mtu", str(VM_MTU)]
+        link = ["ip", "-n", lab.hypervisor, "link", "add", port, "mtu", str(VM_MTU)]
         run([*link, "type", "veth", *peer])
         run(["ip", "-n", lab.hypervisor, "link", "set", port, "up"])
         run(["ip", "-n", ports.netns, "link", "set", device, "up"])

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 
 from appliance import lab as the_lab
+from steering.run import run
 from tests.bench.peers import Peers, count_rules, standing
 from tests.bench.rows import Path
-from tests.bench.traffic import SOURCE, BenchError, Idle, measure_idle, start_servers
+from tests.bench.traffic import PORTS, SOURCE, BenchError, Idle, measure_idle, start_servers
 from tests.support.appliance import Appliance, build_base, build_policy, inspect
 from tests.support.lab import wait_until
 
@@ -76,6 +77,10 @@ def open_stage(say: Callable[[str], None], *, feed: bool) -> Iterator[Stage]:
         say("bringing up the lab")
         lab = the_lab.bring_up(name, 6, overrides=overrides)
         appliance = Appliance(lab, directory / "servers")
+        # Flow records cost both ways the same and more than either: a mirror is one more frame out for each.
+        run(lab.vsctl_argv(["clear", "Bridge", "br-int", "mirrors"]))
+        for vm in (SOURCE, *TARGETS.values()):
+            run(lab.netns_argv(vm, ["sysctl", "-q", "-w", *PORTS]))
         start_servers(appliance, *TARGETS.values())
         policy = build_policy("bench", SOURCE, TARGETS[Path.HAIRPIN], inspect("prevent"))
         appliance.apply([*build_base(lab), policy])
