@@ -58,7 +58,7 @@ class Stage:
             peer.load(text)
         if not wait_until(lambda: self.appliance.is_forwarding("prevent"), 60):
             raise BenchError("the lane does not come up")
-        self.idle = measure_idle(2.0)
+        self.idle = measure_idle()
 
 
 @contextlib.contextmanager

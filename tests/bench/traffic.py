@@ -41,10 +41,14 @@ class Idle:
     rate: float
 
 
-def measure_idle(seconds: float) -> Idle:
-    began, busy = time.monotonic(), read_busy()
-    time.sleep(seconds)
-    return Idle((read_busy() - busy) / (time.monotonic() - began))
+def measure_idle(looks: int = 8) -> Idle:
+    """The least of some looks of a second each: what was just started is not idle yet."""
+    rates = []
+    for _ in range(looks):
+        began, busy = time.monotonic(), read_busy()
+        time.sleep(1.0)
+        rates.append((read_busy() - busy) / (time.monotonic() - began))
+    return Idle(min(rates))
 
 
 @contextlib.contextmanager
