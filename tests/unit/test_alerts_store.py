@@ -88,7 +88,7 @@ async def test_migrations_are_applied_once(tmp_path: Path) -> None:
             lambda db: [row["name"] for row in db.query("SELECT name FROM _sqlite_migrations")]
         )
         store.close()
-    assert applied == ["first_tables", "proof_tables"]
+    assert applied == ["first_tables", "proof_tables", "quarantine_tables"]
     assert {
         "alerts",
         "bookmarks",
