@@ -263,11 +263,17 @@ class Reconciler:
         async with self._lock:
             # Who is in quarantine is not the policies' business, and may have changed meanwhile.
             policies = replace(policies, quarantined=self._policies.quarantined)
-            plan = await self._plan(policies)
+            # What was read back last is taken for what stands, so that the change is not held up by
+            # reading it all once more; whatever somebody changed meanwhile, the read-back below finds.
+            plan = await self._plan(policies, self._settled)
             if policies.policies:
                 self._check_may_steer()
             former = self._policies
-            await self._send(plan)
+            try:
+                await self._send(plan)
+            except SwitchError:
+                plan = await self._plan(policies)
+                await self._send(plan)
             left = await self._find_difference(plan.program)
             if left:
                 await self._send(Plan(plan.program, left, plan.observed))
@@ -330,7 +336,8 @@ class Reconciler:
         bundle = await self._find_difference(program)
         await self._switch.send_bundle(bundle)
 
-    async def _plan(self, policies: PolicySet) -> Plan:
+    async def _plan(self, policies: PolicySet, standing: Program | None = None) -> Plan:
+        """``standing``: what the switch has; None: it is asked."""
         if self._view is None or not self._view.bridge_found:
             raise SwitchError(
                 f"bridge {self._bridge} is not there: {self.status.reason or 'not found in OVSDB'}",
@@ -342,7 +349,9 @@ class Reconciler:
             raise WrongInput(faults)
         observed = await self._remember(observed)
         program = self._compile(policies, observed)
-        return Plan(program, await self._find_difference(program), observed)
+        if standing is None:
+            return Plan(program, await self._find_difference(program), observed)
+        return Plan(program, build_bundle(program, build_present(standing)), observed)
 
     def _compile(self, policies: PolicySet, observed: Observed) -> Program:
         machines = resolve_machines(policies, observed.ports)

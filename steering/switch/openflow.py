@@ -6,9 +6,10 @@ wrote them, since compiled flows are written the same way.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from ovs.flow.ofp import OFPFlow
@@ -62,6 +63,35 @@ class LearnedAddress:
     ofport: int
     claimed: bool
     idle: float = 0.0
+
+
+_AGES = re.compile(r"(?:duration|idle_age|hard_age)=[^,]*, ")
+_COUNTS = re.compile(r"n_packets=(\d+), n_bytes=(\d+), ")
+
+
+class FlowParser:
+    """Takes dumps apart, and remembers what the lines of the last one meant.
+
+    The package's parser takes 0.1 ms for a flow, and nearly all flows of a dump stood in the one before: so
+    a switch with 33,000 flows is read back in 0.1 s instead of 4.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, PresentFlow] = {}
+
+    def parse(self, lines: Iterable[str]) -> tuple[FlowCounter, ...]:
+        """The lines of one dump, with or without statistics. Raises SwitchError for what is no flow."""
+        known: dict[str, PresentFlow] = {}
+        found: list[FlowCounter] = []
+        for line in lines:
+            counted = _COUNTS.search(line)
+            packets, size = map(int, counted.groups()) if counted else (0, 0)
+            text = _AGES.sub("", _COUNTS.sub("", line, count=1))
+            flow = self._known.get(text) or known.get(text) or parse_flow_counter(text).flow
+            known[text] = flow
+            found.append(FlowCounter(flow, packets, size))
+        self._known = known
+        return tuple(found)
 
 
 def parse_flow_counter(line: str) -> FlowCounter:
@@ -151,6 +181,7 @@ class OpenFlowSwitch:
     """One bridge's OpenFlow connection, e.g. ``unix:/run/openvswitch/br-int.mgmt``."""
 
     target: str
+    _parser: FlowParser = field(default_factory=FlowParser, compare=False, repr=False)
 
     async def _ofctl(self, *argv: str, stdin: str | None = None) -> str:
         try:
@@ -168,15 +199,17 @@ class OpenFlowSwitch:
 
     async def read_present(self) -> Present:
         """All flows (but learned addresses and shunned flows) and groups of ours. Raises SwitchError."""
-        lines = await self._flow_lines("--no-stats", self.target, OURS)
-        flows = [parse_flow_counter(line).flow for line in lines]
+        lines, groups = await asyncio.gather(
+            self._flow_lines("--no-stats", self.target, OURS), self.read_groups()
+        )
+        flows = [counter.flow for counter in self._parser.parse(lines)]
         return Present(
             tuple(
                 flow
                 for flow in flows
                 if flow.key.table not in LEARNED_TABLES and not is_shun(flow.cookie)
             ),
-            tuple(await self.read_groups()),
+            tuple(groups),
         )
 
     async def read_groups(self) -> frozenset[Group]:
@@ -186,7 +219,7 @@ class OpenFlowSwitch:
         return frozenset(g for g in groups if g is not None and is_ours(g.group_id))
 
     async def read_flow_counters(self) -> tuple[FlowCounter, ...]:
-        return tuple(parse_flow_counter(line) for line in await self._flow_lines(self.target, OURS))
+        return self._parser.parse(await self._flow_lines(self.target, OURS))
 
     async def read_group_counters(self) -> tuple[GroupCounter, ...]:
         text = await self._ofctl("dump-group-stats", self.target)

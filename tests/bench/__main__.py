@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -47,18 +47,27 @@ def measure(groups: Sequence[Group], *, quick: bool) -> list[Row]:
     feed = any(group.feed for group in groups)
     if feed and not FEED.is_file():
         raise BenchError(f"there's no feed at {FEED} (HAIRPIN_SHARED)")
-    with open_stage(say, feed=feed) as stage:
-        loaded = False
-        for group in sorted(groups, key=lambda group: group.feed):
-            if group.feed and not loaded:
-                stage.load_feed()
-                loaded = True
-            say(f"{group.name}: {group.text}; {stage.rules} rules loaded")
-            for row in group.measure(stage, effort):
-                rows.append(row)
-                say(
-                    f"    {'met   ' if row.met else 'MISSED'} {row.name}: {row.value:.3g} {row.unit}"
-                )
+
+    def keep(found: Iterable[Row]) -> None:
+        for row in found:
+            rows.append(row)
+            say(f"    {'met   ' if row.met else 'MISSED'} {row.name}: {row.value:.3g} {row.unit}")
+
+    staged = sorted((one for one in groups if one.measure), key=lambda one: one.feed)
+    if staged:
+        with open_stage(say, feed=feed) as stage:
+            loaded = False
+            for group in staged:
+                if group.feed and not loaded:
+                    stage.load_feed()
+                    loaded = True
+                say(f"{group.name}: {group.text}; {stage.rules} rules loaded")
+                assert group.measure is not None
+                keep(group.measure(stage, effort))
+    for group in groups:
+        if group.alone is not None:
+            say(f"{group.name}: {group.text}")
+            keep(group.alone(say, effort.changes))
     return rows
 
 

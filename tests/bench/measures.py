@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from tests.bench.policy import measure_flows, measure_policy
 from tests.bench.rows import Path, Round, Row, build_row, check, find_cpu_ratio, find_median
 from tests.bench.stage import TARGETS, Stage
 from tests.bench.traffic import (
@@ -18,15 +19,16 @@ from tests.bench.traffic import (
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured: rounds, seconds of each transfer, pings."""
+    """How much is measured: rounds, seconds of each transfer, pings, changes of policy."""
 
     rounds: int
     seconds: float
     pings: int
+    changes: int
 
 
-WHOLE = Effort(rounds=7, seconds=2.5, pings=600)
-QUICK = Effort(rounds=1, seconds=1.0, pings=100)
+WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=30)
+QUICK = Effort(rounds=1, seconds=1.0, pings=100, changes=2)
 
 Measure = Callable[[Stage, Effort], Iterable[Row]]
 
@@ -162,14 +164,21 @@ ONE_FLOW = {Path.DIRECT: 0.75, Path.STOCK: 4.0, Path.AF_PACKET: 4.0}
 ONE_FLOW_FEED = {Path.DIRECT: 0.5, Path.STOCK: 3.0, Path.AF_PACKET: 3.0}
 
 
+Alone = Callable[[Callable[[str], None], int], Iterable[Row]]
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows that are measured together. ``feed``: with the whole feed loaded."""
+    """Rows that are measured together. ``feed``: with the whole feed loaded; ``alone``: on no stage, or
+
+    one of its own, told how to speak and how many rounds; then ``measure`` is None.
+    """
 
     name: str
     text: str
-    measure: Measure
+    measure: Measure | None = None
     feed: bool = False
+    alone: Alone | None = None
 
 
 GROUPS = (
@@ -188,4 +197,6 @@ GROUPS = (
         ),
         feed=True,
     ),
+    Group("flows", "flows for a 200 x 200 policy", alone=measure_flows),
+    Group("policy", "policy change to first packet steered", alone=measure_policy),
 )
