@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from steering.flows import Flow, Program
 from steering.model import Lane, OnFailure
@@ -39,12 +40,20 @@ def check_program(program: Program, lanes: Sequence[Lane], canary: int = 0) -> t
 def _check_order(program: Program) -> Iterator[str]:
     """Packets move forward through the tables only, so nothing loops (a guess may retry POLICY once)."""
     for flow in program.flows:
-        here = _RANK[flow.table.number]
-        for number in map(int, _RESUBMIT.findall(flow.actions)):
-            if number not in _RANK:
-                yield f"resubmits to undeclared table {number}: {flow}"
-            elif _RANK[number] <= here and not (flow.table is Table.POLICY is _table(number)):
-                yield f"resubmits backwards: {flow}"
+        for fault in _find_order_faults(flow.table, flow.actions):
+            yield f"{fault}: {flow}"
+
+
+@lru_cache(maxsize=32_768)
+def _find_order_faults(table: Table, actions: str) -> tuple[str, ...]:
+    """Remembered, since thousands of flows do the same."""
+    faults: list[str] = []
+    for number in map(int, _RESUBMIT.findall(actions)):
+        if number not in _RANK:
+            faults.append(f"resubmits to undeclared table {number}")
+        elif _RANK[number] <= _RANK[table.number] and not (table is Table.POLICY is _table(number)):
+            faults.append("resubmits backwards")
+    return tuple(faults)
 
 
 def _table(number: int) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from steering.compile_addresses import add_holder, add_own_claims
 from steering.compile_canary import add_canary, find_canary_macs
@@ -14,6 +15,7 @@ from steering.flows import (
     IP_KEYWORDS,
     KEYWORDS,
     TCP_KEYWORDS,
+    Flow,
     FlowBook,
     Group,
     Program,
@@ -121,17 +123,8 @@ def compile_program(
     _add_base(book)
     _add_legs(book, lanes)
     for port in ports:
-        _add_classify(book, port)
-        add_learn(book, port)
-        strict, own = owners[port.ofport] in in_scope, declared.get(owners[port.ofport], ())
-        add_guard(book, port, own, strict=strict)
-        for address in own:
-            add_own_claims(book, port, address, strict=strict)
-        # For every port: frames that are in a lane when their VM leaves all policies still arrive.
-        cookie = build_cookie(CookieKind.PORT, port.ofport)
-        book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
-    for port in scoped:
-        _add_destination(book, port)
+        own = declared.get(owners[port.ofport], ())
+        book.extend(_compile_port(port, tuple(own), owners[port.ofport] in in_scope))
     if scoped or canary > 0:
         _add_connection(book, scoped)
     if scoped:
@@ -156,6 +149,23 @@ def compile_program(
     groups = tuple(_build_groups(lanes)) if lanes else ()
     _add_steer(book, lanes)
     return Program(tuple(book.flows()), groups)
+
+
+@lru_cache(maxsize=32_768)
+def _compile_port(port: Port, own: tuple[str, ...], strict: bool) -> tuple[Flow, ...]:
+    """A port's own flows. Remembered: of all ports hardly any is another one than it was before."""
+    book = FlowBook()
+    _add_classify(book, port)
+    add_learn(book, port)
+    add_guard(book, port, own, strict=strict)
+    for address in own:
+        add_own_claims(book, port, address, strict=strict)
+    # For every port: frames that are in a lane when their VM leaves all policies still arrive.
+    cookie = build_cookie(CookieKind.PORT, port.ofport)
+    book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
+    if strict:
+        _add_destination(book, port)
+    return tuple(book.flows())
 
 
 def _find_macs_in_scope(policies: PolicySet, ports: Sequence[Port]) -> frozenset[str]:

@@ -193,6 +193,13 @@ class FlowBook:
             raise AssertionError(f"two flows with one key: {self._flows[flow.key]} and {flow}")
         self._flows[flow.key] = flow
 
+    def extend(self, flows: Iterable[Flow]) -> None:
+        """Add flows that were collected elsewhere; none of them a clause."""
+        for flow in flows:
+            key = flow.key
+            if self._flows.setdefault(key, flow) != flow:
+                raise AssertionError(f"two flows with one key: {self._flows[key]} and {flow}")
+
     def add_clause(self, table: Table, priority: int, match: str, clause: str, cookie: int) -> None:
         key = FlowKey(table.number, priority, match)
         clauses = self._clauses.setdefault(key, [])
@@ -204,9 +211,10 @@ class FlowBook:
         self._flows[key] = Flow(table, priority, match, ",".join(clauses), shared)
 
     def flows(self) -> Iterable[Flow]:
-        return sorted(
-            self._flows.values(), key=lambda flow: (flow.key.table, -flow.priority, flow.match)
+        ordered = sorted(
+            self._flows.items(), key=lambda one: (one[0].table, -one[0].priority, one[0].match)
         )
+        return [flow for _, flow in ordered]
 
 
 def _clause_rank(clause: str) -> tuple[int, int]:

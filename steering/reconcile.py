@@ -254,6 +254,10 @@ class Reconciler:
         async with self._lock:
             return await self._plan(replace(policies, quarantined=self._policies.quarantined))
 
+    async def check(self, policies: PolicySet) -> None:
+        """Raises as `plan` does for what the switch can't do; compiles and asks nothing."""
+        self._find_observed(policies)
+
     async def apply(self, policies: PolicySet) -> Applied:
         """Put ``policies`` in force: one bundle, then read back until equal.
 
@@ -338,6 +342,13 @@ class Reconciler:
 
     async def _plan(self, policies: PolicySet, standing: Program | None = None) -> Plan:
         """``standing``: what the switch has; None: it is asked."""
+        observed = await self._remember(self._find_observed(policies))
+        program = self._compile(policies, observed)
+        if standing is None:
+            return Plan(program, await self._find_difference(program), observed)
+        return Plan(program, build_bundle(program, build_present(standing)), observed)
+
+    def _find_observed(self, policies: PolicySet) -> Observed:
         if self._view is None or not self._view.bridge_found:
             raise SwitchError(
                 f"bridge {self._bridge} is not there: {self.status.reason or 'not found in OVSDB'}",
@@ -347,11 +358,7 @@ class Reconciler:
         faults = check_against_switch(policies, observed.ports, observed.lanes)
         if faults:
             raise WrongInput(faults)
-        observed = await self._remember(observed)
-        program = self._compile(policies, observed)
-        if standing is None:
-            return Plan(program, await self._find_difference(program), observed)
-        return Plan(program, build_bundle(program, build_present(standing)), observed)
+        return observed
 
     def _compile(self, policies: PolicySet, observed: Observed) -> Program:
         machines = resolve_machines(policies, observed.ports)

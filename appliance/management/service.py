@@ -224,10 +224,11 @@ class Management:
             policies = await asyncio.to_thread(parse_documents, text)
             policies = replace(policies, quarantined=self.quarantine.vm_ids)
             before = self._in_force.policies
-            plan = await self._reconciler.plan(policies)
             now_in_force = self._in_force
-            bundle = plan.bundle
-            if not dry_run:
+            if dry_run:
+                bundle = (await self._reconciler.plan(policies)).bundle
+            else:
+                await self._reconciler.check(policies)
                 documents = render_documents(policies)
                 at = time.time()
                 number = await self._store.write(

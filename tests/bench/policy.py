@@ -56,7 +56,7 @@ MOST_SECONDS = 0.025
 
 
 def build_documents(lab: the_lab.LabState, side: int, *, steered: bool) -> list[dict[str, Any]]:
-    """Two zones of ``side`` VMs, and a policy between them, or none."""
+    """Two zones of ``side`` VMs, and a policy between them that inspects, or that lets pass."""
     ids = [("web", lab.vm("web-1").vm_id), ("app", lab.vm("app-1").vm_id)]
     ids += [(("web", "app")[n % 2], find_vm_id(n)) for n in range(2, 2 * side)]
     documents = [
@@ -77,9 +77,8 @@ def build_documents(lab: the_lab.LabState, side: int, *, steered: bool) -> list[
                 "spec": {"selector": {"matchTags": {"tier": zone}}},
             }
         )
-    if steered:
-        documents.append(build_policy("bench", "web", "app", inspect("prevent")))
-    return documents
+    action = inspect("prevent") if steered else {"direct": {"reason": "a benchmark"}}
+    return [*documents, build_policy("bench", "web", "app", action)]
 
 
 def find_vm_id(number: int) -> str:
