@@ -105,10 +105,11 @@ class Flow:
     match: str
     actions: str
     cookie: int
+    # Made once: it is asked for several times for each of thousands of flows.
+    key: FlowKey = field(init=False, compare=False, repr=False)
 
-    @property
-    def key(self) -> FlowKey:
-        return FlowKey(self.table.number, self.priority, self.match)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", FlowKey(self.table.number, self.priority, self.match))
 
     def __str__(self) -> str:
         match = f",{self.match}" if self.match else ""

@@ -50,9 +50,9 @@ class Table(Enum):
     )
     USES = TableSpec(91, "Addresses that VMs in scope send from; read likewise, believed less.")
 
-    @property
-    def number(self) -> int:
-        return self.value.number
+    def __init__(self, spec: TableSpec) -> None:
+        # An attribute, since an enumeration's `value` is slow and this is asked for with every flow.
+        self.number = spec.number
 
 
 LEARNED_TABLES = (Table.ADDRESSES.number, Table.USES.number)
