@@ -1,0 +1,66 @@
+"""The benchmark's arithmetic: medians, ratios of the same minute, and what a blind path scores."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tests.bench.measures import GROUPS, ONE_FLOW
+from tests.bench.report import render_markdown, render_plot, render_table
+from tests.bench.rows import Path, Round, build_row, check, find_median, find_ratio
+from tests.bench.traffic import find_quantile
+
+
+def build_round(hairpin: float, direct: float, stock: float = 1.0, af_packet: float = 1.0) -> Round:
+    return Round(
+        {
+            Path.HAIRPIN: hairpin,
+            Path.DIRECT: direct,
+            Path.STOCK: stock,
+            Path.AF_PACKET: af_packet,
+        }
+    )
+
+
+ROUNDS = [build_round(5, 10), build_round(8, 10), build_round(6, 20)]
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own() -> None:
+    assert find_median(ROUNDS, Path.HAIRPIN) == 6
+    assert find_ratio(ROUNDS, Path.HAIRPIN, Path.DIRECT) == 0.5
+
+
+def test_a_path_that_delivers_the_exploit_scores_nothing() -> None:
+    rounds = [*ROUNDS, build_round(0, 10), build_round(7, 10, af_packet=0)]
+    row = build_row("x", "Gbit/s", "goal", rounds, lambda _ratio: ())
+    assert row.missed == (
+        "hairpin delivered the token exploit",
+        "AF_PACKET IPS delivered the token exploit",
+    )
+    # No ratio to a path that is blind is anything to be proud of.
+    assert row.ratio["hairpin / AF_PACKET IPS"] == 0
+
+
+def test_a_row_says_all_that_the_file_must_have() -> None:
+    row = build_row("x", "Gbit/s", "at least 0.75", ROUNDS, lambda r: check((r["hairpin / direct"] >= 0.75, "less")))  # fmt: skip
+    document = row.document()
+    assert {"name", "value", "unit", "peers", "ratio", "goal", "met", "rounds"} <= set(document)
+    assert (document["met"], document["missed"]) == (False, ["less"])
+    assert [one["hairpin"] for one in document["rounds"]] == [5, 8, 6]
+    assert "MISSED x" in render_table([row])
+    assert "0 of 1 rows meet their goal" in render_table([row])
+    assert "**no**: less" in render_markdown([document], "A machine.")
+    plot = ET.fromstring(render_plot([{**document, "name": "a < b & c"}]))  # noqa: S314
+    assert any(text.text == "a < b & c (Gbit/s)" for text in plot.iter() if text.text)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 50.0), (0.99, 99.0)])
+def test_quantiles(share: float, expected: float) -> None:
+    assert find_quantile([float(n) for n in range(101)], share) == pytest.approx(expected, abs=0.11)
+
+
+def test_groups_have_names_of_their_own_and_something_to_measure() -> None:
+    assert len({group.name for group in GROUPS}) == len(GROUPS)
+    assert all((group.measure is None) is not (group.alone is None) for group in GROUPS)
+    assert set(ONE_FLOW) == {Path.DIRECT, Path.STOCK, Path.AF_PACKET}
