@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 
 import pytest
 
@@ -43,7 +44,10 @@ def test_a_path_that_delivers_the_exploit_scores_nothing() -> None:
 
 
 def test_a_row_says_all_that_the_file_must_have() -> None:
-    row = build_row("x", "Gbit/s", "at least 0.75", ROUNDS, lambda r: check((r["hairpin / direct"] >= 0.75, "less")))  # fmt: skip
+    def judge(ratio: Mapping[str, float]) -> tuple[str, ...]:
+        return check((ratio["hairpin / direct"] >= 0.75, "less"))
+
+    row = build_row("x", "Gbit/s", "at least 0.75", ROUNDS, judge)
     document = row.document()
     assert {"name", "value", "unit", "peers", "ratio", "goal", "met", "rounds"} <= set(document)
     assert (document["met"], document["missed"]) == (False, ["less"])
