@@ -65,17 +65,49 @@ class Service:
         return f"{self.protocol}/{ports}" if ports else str(self.protocol)
 
 
+class Trigger(StrEnum):
+    """After what a connection may leave inspection: see `Shortcut`. Sizes are 10^6 bytes of one side."""
+
+    RULE = "rule"  # a rule with `bypass` matched it
+    TLS_HANDSHAKE = "tls-handshake"  # it is TLS, and what can be read of it was read
+    ONE_MEGABYTE = "1MB"
+    TEN_MEGABYTES = "10MB"
+    HUNDRED_MEGABYTES = "100MB"
+
+
+@dataclass(frozen=True, slots=True)
+class Shortcut:
+    """The engine's say-so that the switch may pass the rest of a TCP connection by itself, uninspected.
+
+    ``max_flows``: connections of one policy at a time; more stay inspected. ``return_on_alert``: an alert
+    that concerns either VM sends all connections of that VM back to inspection.
+    """
+
+    after: Trigger
+    max_flows: int
+    return_on_alert: bool = True
+
+    def __str__(self) -> str:
+        alert = ", back on alert" if self.return_on_alert else ""
+        return f"shortcut after {self.after}, at most {self.max_flows}{alert}"
+
+
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """``shun_seconds``: for so long the switch itself drops a flow that the engine blocked; None: not."""
+    """``shun_seconds``: for so long the switch itself drops a flow that the engine blocked; None: not.
+
+    ``shortcut`` None: every packet is inspected, as long as the connection lasts.
+    """
 
     profile: Profile
     on_failure: OnFailure
     shun_seconds: int | None = None
+    shortcut: Shortcut | None = None
 
     def __str__(self) -> str:
         shun = "" if self.shun_seconds is None else f", shun {self.shun_seconds} s"
-        return f"inspect ({self.profile}, {self.on_failure} on failure{shun})"
+        cut = "" if self.shortcut is None else f", {self.shortcut}"
+        return f"inspect ({self.profile}, {self.on_failure} on failure{shun}{cut})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +236,8 @@ class Leg:
 class Lane:
     """Profile -> VLAN -> queues -> engine. Leg A takes requests, leg B answers.
 
-    ``queues`` are the NFQUEUE numbers of its engine.
+    ``queues`` are the NFQUEUE numbers of its engine. ``leg_c``: by it frames come back whose connection
+    the engine lets go (see `Shortcut`); without it no connection of this lane ever takes a shortcut.
     """
 
     number: int
@@ -213,6 +246,7 @@ class Lane:
     queues: tuple[int, ...]
     leg_a: Leg
     leg_b: Leg
+    leg_c: Leg | None = None
 
     @property
     def name(self) -> str:
