@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from steering.flows import Flow, Program
+from steering.flows import Flow, Program, go_to
 from steering.model import Lane, OnFailure
 from steering.pipeline import (
     COOKIE_PREFIX,
@@ -23,6 +23,7 @@ from steering.reach import find_reached
 
 _RESUBMIT = re.compile(r"resubmit\(,(\d+)\)")
 _OUTPUT = re.compile(r"output:(\d+)")
+_LEARNED_TABLE = re.compile(r"learn\(table=(\d+)")
 _RANK = {table.number: rank for rank, table in enumerate(Table)}
 
 
@@ -32,6 +33,7 @@ def check_program(program: Program, lanes: Sequence[Lane], canary: int = 0) -> t
         *_check_order(program),
         *_check_return(program, lanes),
         *_check_lanes(program, lanes),
+        *_check_shortcuts(program, lanes),
         *_check_ownership(program),
         *(_check_canary(program, lanes, canary) if canary > 0 else ()),
     )
@@ -62,9 +64,11 @@ def _table(number: int) -> Table:
 
 def _check_return(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
     """A frame from a leg is delivered or dropped: never steered again, never learned, never flooded."""
-    legs = {leg.ofport for lane in lanes for leg in (lane.leg_a, lane.leg_b) if leg.ofport > 0}
+    third = _find_third_legs(lanes)
+    two = {leg.ofport for lane in lanes for leg in (lane.leg_a, lane.leg_b) if leg.ofport > 0}
+    legs = two | third
     for flow in program.flows:
-        from_leg = _in_port(flow) in legs
+        from_leg = _in_port(flow) in two
         if flow.table is Table.CLASSIFY and from_leg and flow.actions != "resubmit(,60)":
             yield f"a frame from a leg goes elsewhere than to RETURN: {flow}"
         if flow.table is Table.RETURN and flow.actions not in ("drop", "pop_vlan,resubmit(,70)"):
@@ -86,6 +90,42 @@ def _check_return(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
     }
     for leg in sorted(missing):
         yield f"leg {leg} is not told apart from a VM"
+
+
+def _find_third_legs(lanes: Sequence[Lane]) -> set[int]:
+    return {lane.leg_c.ofport for lane in lanes if lane.leg_c and lane.leg_c.ofport > 0}
+
+
+def _check_shortcuts(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
+    """A frame from a third leg is delivered, whatever it teaches; nothing else teaches a shortcut."""
+    third = _find_third_legs(lanes)
+    for flow in program.flows:
+        if flow.table is Table.CLASSIFY and _in_port(flow) in third:
+            if flow.actions != go_to(Table.LET_GO):
+                yield f"a frame from a third leg goes elsewhere than to LET_GO: {flow}"
+        elif flow.table is Table.LET_GO:
+            if flow.actions != "drop" and _in_port(flow) not in third:
+                yield f"takes other frames than a third leg's for let go: {flow}"
+        elif "reg9" in flow.actions:
+            yield f"says that the engine let a frame go: {flow}"
+        elif flow.table is Table.SHORTCUTS:
+            yield f"a shortcut that was not learned: {flow}"
+        elif flow.table is Table.STEER and "reg9=" in flow.match:
+            if flow.actions != go_to(Table.TEACH, Table.DELIVER):
+                yield f"steers what came back already: {flow}"
+        elif flow.table is Table.TAKE and "tcp_flags=+syn" in flow.match:
+            if not flow.actions.endswith(f"set_field:0->reg7,{go_to(Table.CONNECTION)}"):
+                yield f"lets a SYN take a shortcut: {flow}"
+        elif flow.table is Table.TEACH and not {"reg7", "reg9"} <= set(_fields(flow.match)):
+            yield f"teaches what no engine and no policy let go: {flow}"
+        if str(Table.SHORTCUTS.number) in _LEARNED_TABLE.findall(flow.actions) and (
+            flow.table not in (Table.TAKE, Table.TEACH)
+        ):
+            yield f"teaches a shortcut outside TEACH: {flow}"
+
+
+def _fields(match: str) -> Iterator[str]:
+    return (part.partition("=")[0] for part in match.split(","))
 
 
 def _in_port(flow: Flow) -> int | None:

@@ -10,6 +10,7 @@ from steering.compile_addresses import add_holder, add_own_claims
 from steering.compile_canary import add_canary, find_canary_macs
 from steering.compile_guard import add_ghost, add_guard, add_learn, add_many
 from steering.compile_quarantine import add_quarantine
+from steering.compile_shortcut import add_shortcuts, build_offer, find_shortcuts, has_third_leg
 from steering.decide import find_lane, resolve_machines
 from steering.flows import (
     IP_KEYWORDS,
@@ -61,6 +62,7 @@ from steering.pipeline import (
 BASE = build_cookie(CookieKind.BASE)
 NETWORK, DIRECTION = Register.NETWORK.value, Register.DIRECTION.value
 STEER, DESTINATION = Register.STEER.value, Register.DESTINATION.value
+TRIGGER = Register.TRIGGER.value
 
 
 def find_vms_in_scope(policies: PolicySet, membership: Membership) -> frozenset[str]:
@@ -103,6 +105,7 @@ def compile_program(
     lanes: Sequence[Lane],
     canary: int = 0,
     ghosts: Sequence[Port] = (),
+    untaught: frozenset[str] = frozenset(),
 ) -> Program:
     """Everything that Hairpin wants in the switch for these policies, VMs and lanes.
 
@@ -110,6 +113,7 @@ def compile_program(
     a group without a way into a lane: dropped when closed, delivered when open. ``canary`` is
     the ofport of Hairpin's own port, 0 without one. ``ghosts`` as in `Observed`: of those that a policy
     names nothing passes, nor of those of present ports that can't be told apart by their MACs.
+    ``untaught`` are policies whose connections learn no shortcut for now (see `Hold`).
     """
     book = FlowBook()
     reserved = find_canary_macs(lanes) if canary > 0 else frozenset()
@@ -122,9 +126,12 @@ def compile_program(
     declared = {one.vm_id: one.addresses for one in policies.machines if one.addresses}
     _add_base(book)
     _add_legs(book, lanes)
+    shortcuts = find_shortcuts(policies.policies, lanes)
     for port in ports:
         own = declared.get(owners[port.ofport], ())
-        book.extend(_compile_port(port, tuple(own), owners[port.ofport] in in_scope))
+        strict = owners[port.ofport] in in_scope
+        book.extend(_compile_port(port, tuple(own), strict, bool(shortcuts)))
+    add_shortcuts(book, shortcuts, lanes, scoped, untaught)
     if scoped or canary > 0:
         _add_connection(book, scoped)
     if scoped:
@@ -152,7 +159,9 @@ def compile_program(
 
 
 @lru_cache(maxsize=32_768)
-def _compile_port(port: Port, own: tuple[str, ...], strict: bool) -> tuple[Flow, ...]:
+def _compile_port(
+    port: Port, own: tuple[str, ...], strict: bool, shortcuts: bool
+) -> tuple[Flow, ...]:
     """A port's own flows. Remembered: of all ports hardly any is another one than it was before."""
     book = FlowBook()
     _add_classify(book, port)
@@ -164,7 +173,7 @@ def _compile_port(port: Port, own: tuple[str, ...], strict: bool) -> tuple[Flow,
     cookie = build_cookie(CookieKind.PORT, port.ofport)
     book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
     if strict:
-        _add_destination(book, port)
+        _add_destination(book, port, shortcuts=shortcuts)
     return tuple(book.flows())
 
 
@@ -216,14 +225,17 @@ def _add_classify(book: FlowBook, port: Port) -> None:
     )
 
 
-def _add_destination(book: FlowBook, port: Port) -> None:
+def _add_destination(book: FlowBook, port: Port, *, shortcuts: bool) -> None:
     cookie = build_cookie(CookieKind.PORT, port.ofport)
-    to_port = f"{set_register(DESTINATION, port.ofport)},{go_to(Table.CONNECTION)}"
+    to_port = set_register(DESTINATION, port.ofport)
+    onward = go_to(Table.SYN) if shortcuts else go_to(Table.CONNECTION)
     known = {"reg0": render_number(port.tag or 0), "dl_dst": port.mac}
     for keyword in IP_KEYWORDS:
-        book.add(Table.ENDPOINT, 100, build_match(keyword, **known), to_port, cookie)
+        match = build_match(keyword, **known)
+        book.add(Table.ENDPOINT, 100, match, f"{to_port},{onward}", cookie)
     # What is not IP goes to CONNECTION too, to be dropped and counted there by its sender.
-    book.add(Table.ENDPOINT, 70, build_match(**known), to_port, cookie)
+    untold = f"{to_port},{go_to(Table.CONNECTION)}"
+    book.add(Table.ENDPOINT, 70, build_match(**known), untold, cookie)
 
 
 def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
@@ -312,7 +324,9 @@ def _add_policy(
             for match, dimension in clauses:
                 clause = f"conjunction({conjunction},{dimension}/3)"
                 book.add_clause(Table.POLICY, priority, match, clause, cookie)
-            verdict = _build_verdict(action, lanes, answer=answer)
+            # What is inspected in another lane than the policy's offers no shortcut.
+            offer = build_offer(policy, lanes) if part == number else ""
+            verdict = offer + _build_verdict(action, lanes, answer=answer)
             book.add(Table.POLICY, priority, build_match(conj_id=conjunction), verdict, cookie)
 
 
@@ -427,9 +441,11 @@ def _build_groups(lanes: Sequence[Lane]) -> Iterator[Group]:
                 leg = lane.leg_b if answer else lane.leg_a
                 buckets: list[str] = []
                 if leg.ofport > 0:
+                    code = f"move:NXM_NX_{TRIGGER.upper()}[0..2]->OXM_OF_VLAN_PCP[],"
                     buckets.append(
                         f"watch_port:{leg.ofport},actions=push_vlan:0x8100,"
-                        f"set_field:{0x1000 | lane.vlan}->vlan_vid,output:{leg.ofport}"
+                        f"set_field:{0x1000 | lane.vlan}->vlan_vid,"
+                        f"{code if has_third_leg(lane) else ''}output:{leg.ofport}"
                     )
                 # Closed drops without a bucket, too, but only a bucket counts what is dropped.
                 otherwise = go_to(Table.DELIVER) if on_failure is OnFailure.OPEN else "drop"

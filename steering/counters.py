@@ -74,6 +74,7 @@ class Counters:
     ARP. ``quarantined``, by ofport: dropped since it was from or to a quarantined VM. ``shunned``, by
     policy: dropped by the switch since the engine had blocked its flow, of flows that are shunned now.
     ``many``: broadcast and multicast of VMs in scope, which went direct; without ARP and ND.
+    ``shortcut``, by policy: delivered uninspected, since their connections took a shortcut.
     """
 
     policies: dict[str, Count]
@@ -89,7 +90,12 @@ class Counters:
     quarantined: dict[int, Count] = field(default_factory=dict)
     shunned: dict[str, Count] = field(default_factory=dict)
     many: Count = Count()
+    shortcut: dict[str, Count] = field(default_factory=dict)
     tallies: tuple[Tally, ...] = ()
+
+
+# Back from a lane: by one of its two legs, or by the third.
+_RETURNED = (Table.RETURN.number, Table.LET_GO.number)
 
 
 def find_tallies(
@@ -143,13 +149,15 @@ def _find_meaning(
             return "unread", number
         case CookieKind.SHUN if number in policies:
             return "shunned", policies[number]
+        case CookieKind.SHORTCUT if table == Table.TAKE.number and number in policies:
+            return "shortcut", policies[number]
         case CookieKind.QUARANTINE:
             return "quarantined", number
         case CookieKind.MANY:
             return "many", ""
         case CookieKind.GHOST:
             return "ghosts", ""
-        case CookieKind.LANE if table == Table.RETURN.number and number in lanes:
+        case CookieKind.LANE if table in _RETURNED and number in lanes:
             return "returned", lanes[number]
         case CookieKind.LANE if table == Table.STEER.number and number in lanes:
             return "steered", lanes[number]
@@ -204,5 +212,6 @@ def add_tallies(
         quarantined=find_ports("quarantined"),
         shunned={str(key): count for (kind, key), count in sums.items() if kind == "shunned"},
         many=find("many"),
+        shortcut={name: find("shortcut", name) for name in policies},
         tallies=tallies,
     )

@@ -15,6 +15,7 @@ MAX_SERVICES = 32
 MAX_PORTS = 64
 PRIORITIES = (1, 10_000)
 SHUN_SECONDS = (1, 3_600)
+SHORTCUT_FLOWS = (1, 10_000)
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 NAME_RULE = "a name: 1 to 63 of a-z, 0-9 and -, not beginning or ending with -"

@@ -249,6 +249,11 @@ class Lane:
     leg_c: Leg | None = None
 
     @property
+    def legs(self) -> tuple[Leg, ...]:
+        """Two, and the third where there is one."""
+        return (self.leg_a, self.leg_b, *((self.leg_c,) if self.leg_c is not None else ()))
+
+    @property
     def name(self) -> str:
         return str(self.profile)
 

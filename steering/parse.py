@@ -41,6 +41,7 @@ from steering.model import (
     Policy,
     PolicySet,
     Service,
+    Shortcut,
     Zone,
 )
 from steering.parse_policy import Names, read_policy
@@ -333,6 +334,13 @@ def _render_service(service: Service) -> dict[str, object]:
     return rendered
 
 
+def _render_shortcut(shortcut: Shortcut | None) -> dict[str, object]:
+    if shortcut is None:
+        return {}
+    back = {} if shortcut.return_on_alert else {"returnOnAlert": False}
+    return {"shortcut": {"after": str(shortcut.after), "maxFlows": shortcut.max_flows, **back}}
+
+
 def _render_action(action: Action) -> dict[str, object]:
     match action:
         case Inspect():
@@ -342,6 +350,7 @@ def _render_action(action: Action) -> dict[str, object]:
                     "profile": str(action.profile),
                     "onFailure": str(action.on_failure),
                     **shun,
+                    **_render_shortcut(action.shortcut),
                 }
             }
         case Direct():

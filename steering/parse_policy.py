@@ -16,6 +16,7 @@ from steering.fields import (
     PRIORITIES,
     REASON,
     REASON_RULE,
+    SHORTCUT_FLOWS,
     SHUN_SECONDS,
     UUID,
     VM_ID,
@@ -33,6 +34,8 @@ from steering.model import (
     Profile,
     Protocol,
     Service,
+    Shortcut,
+    Trigger,
 )
 from steering.services import PORTED
 
@@ -208,7 +211,7 @@ def _read_action(reader: ItemReader, value: object, path: str) -> Action | None:
 
 
 def _read_inspect(reader: ItemReader, value: object, path: str) -> Inspect | None:
-    found = reader.mapping(value, path, ("profile", "onFailure"), ("shunSeconds",))
+    found = reader.mapping(value, path, ("profile", "onFailure"), ("shunSeconds", "shortcut"))
     if found is None:
         return None
     profile = on_failure = None
@@ -221,4 +224,23 @@ def _read_inspect(reader: ItemReader, value: object, path: str) -> Inspect | Non
         shun = reader.integer(found["shunSeconds"], f"{path}.shunSeconds", *SHUN_SECONDS)
         if profile is Profile.DETECT:
             reader.fault(f"{path}.shunSeconds", "a policy that only detects shuns nothing")
-    return Inspect(profile, on_failure, shun) if profile and on_failure else None
+    shortcut = None
+    if "shortcut" in found:
+        shortcut = _read_shortcut(reader, found["shortcut"], f"{path}.shortcut")
+    return Inspect(profile, on_failure, shun, shortcut) if profile and on_failure else None
+
+
+def _read_shortcut(reader: ItemReader, value: object, path: str) -> Shortcut | None:
+    found = reader.mapping(value, path, ("after", "maxFlows"), ("returnOnAlert",))
+    if found is None:
+        return None
+    after = most = None
+    if "after" in found:
+        after = reader.choice(found["after"], f"{path}.after", Trigger)
+    if "maxFlows" in found:
+        most = reader.integer(found["maxFlows"], f"{path}.maxFlows", *SHORTCUT_FLOWS)
+    back = found.get("returnOnAlert", True)
+    if not isinstance(back, bool):
+        reader.fault(f"{path}.returnOnAlert", f"must be true or false, not {show(back)}")
+        return None
+    return Shortcut(after, most, back) if after and most else None

@@ -28,15 +28,26 @@ class Table(Enum):
     CLASSIFY = TableSpec(
         0, "Who sent it: a leg, a VM's port (its network is noted), or another port."
     )
+    LET_GO = TableSpec(
+        5,
+        "A frame from a third leg, whose connection the engine lets go: its lane's VLAN comes off.",
+    )
+    SENDER = TableSpec(6, "Which VM's port it came from, before it was in the lane.")
     GUARD = TableSpec(10, "Is the sender who it says it is: MAC, ARP, ND, no VLAN tag of its own.")
     LEARN = TableSpec(15, "Which address does the packet claim, or use, for the sender's port.")
     ENDPOINT = TableSpec(20, "Which VM is it for; what is for no VM in scope goes direct.")
+    SYN = TableSpec(24, "The same for both: keeps a SYN's datapath flow apart from other packets'.")
+    SHORTCUTS = TableSpec(25, "Connections that take a shortcut: learned, one flow a direction.")
+    TAKE = TableSpec(26, "Deliver what takes a shortcut, counted by policy; a SYN never takes one.")
     CONNECTION = TableSpec(
         30, "Who opened the connection that it belongs to (conntrack); what is not IP is dropped."
     )
     POLICY = TableSpec(40, "Which policy names it: one conjunction per policy and direction.")
     COMMIT = TableSpec(45, "Remember who opened a connection that has no SYN to tell (UDP, ICMP).")
     STEER = TableSpec(50, "Which group: lane, leg and failure mode; or direct.")
+    TEACH = TableSpec(
+        55, "Learn the connection of a frame from a third leg, if its policy says so."
+    )
     RETURN = TableSpec(
         60, "A frame from a leg: the lane's VLAN comes off; any other frame is dropped."
     )
@@ -65,6 +76,13 @@ class Register(Enum):
     DIRECTION = "reg1"  # bits of Direction
     STEER = "reg2"  # steer key (see build_steer_key), 0: direct
     DESTINATION = "reg6"  # ofport of the VM that the packet is for
+    # Policy whose shortcut the packet takes (SHORTCUT_TAKEN and the policy's number), or may come to
+    # take (the number alone); 0: none.
+    SHORTCUT = "reg7"
+    TRIGGER = "reg8"  # the policy's trigger as in `PRIORITY_CODES`, 0 without a shortcut
+    LET_GO = (
+        "reg9"  # of a frame from a third leg: FROM_THIRD_LEG and the code it was in the lane with
+    )
 
 
 class Direction(IntEnum):
@@ -76,6 +94,9 @@ class Direction(IntEnum):
     GUESS = 0x5  # first packet without a SYN: the opener's, unless only an answer fits
     GUESS_ANSWER = 0xA  # second try of a guess; only what inspects may take it
 
+
+SHORTCUT_TAKEN = 0x8000_0000  # policies' numbers have 31 bits
+FROM_THIRD_LEG = 0x8
 
 # One conntrack zone of our own; it is asked who opened a connection, nothing else.
 CT_ZONE = 18512
@@ -113,6 +134,7 @@ class CookieKind(IntEnum):
     MANY = 12  # direct: frames of VMs in scope that are meant for many; number 0
     QUARANTINE = 13  # a drop: whatever a quarantined VM sends, or is sent; number: its ofport
     SHUN = 14  # a drop that ends by itself: a flow that the engine blocked; number: of its policy
+    SHORTCUT = 15  # in SHORTCUTS learned, in TAKE delivered uninspected; number: of its policy
 
 
 def build_cookie(kind: CookieKind, number: int = 0) -> int:

@@ -32,6 +32,18 @@ from steering.events import (
 from steering.flows import Program
 from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
+from steering.shortcut import (
+    HOLD_SECONDS,
+    Hold,
+    Return,
+    Taken,
+    build_port_return,
+    build_return,
+    build_untaught,
+    find_held,
+    find_shortcut_problems,
+    has_shortcuts,
+)
 from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
@@ -104,6 +116,7 @@ class Reconciler:
         self._settled: Program | None = None
         self._ghosts: tuple[Ghost, ...] = ()
         self._has_remembered = False
+        self._hold = Hold()
         self._claims = Claims()
         self._view: SwitchView | None = None
         self._is_view_stale = False
@@ -191,7 +204,11 @@ class Reconciler:
             fail_mode=view.fail_mode if view else "",
             ovs_version=view.ovs_version if view else "",
             datapath_type=view.datapath_type if view else "",
-            problems=(*problems, *self._find_width_problems()),
+            problems=(
+                *problems,
+                *self._find_width_problems(),
+                *find_shortcut_problems(self._policies, self.lanes),
+            ),
         )
 
     def _find_width_problems(self) -> tuple[str, ...]:
@@ -265,6 +282,7 @@ class Reconciler:
         """
         began = time.monotonic()
         async with self._lock:
+            self._hold_shortcuts(find_held(Return(), policies, ()))
             # Who is in quarantine is not the policies' business, and may have changed meanwhile.
             policies = replace(policies, quarantined=self._policies.quarantined)
             # What was read back last is taken for what stands, so that the change is not held up by
@@ -273,11 +291,13 @@ class Reconciler:
             if policies.policies:
                 self._check_may_steer()
             former = self._policies
+            # Whatever a connection was let go under is to be judged by the new policies.
+            returned = build_return(Return(), ()) if has_shortcuts(former, policies) else ()
             try:
-                await self._send(plan)
+                await self._switch.send_bundle(plan.bundle, returned)
             except SwitchError:
                 plan = await self._plan(policies)
-                await self._send(plan)
+                await self._switch.send_bundle(plan.bundle, returned)
             left = await self._find_difference(plan.program)
             if left:
                 await self._send(Plan(plan.program, left, plan.observed))
@@ -324,6 +344,21 @@ class Reconciler:
         """Raises SwitchError."""
         await self._switch.remove_shuns(shunned)
 
+    async def read_shortcuts(self) -> tuple[Taken, ...]:
+        """The connections that the switch passes by itself now. Raises SwitchError."""
+        return await self._switch.read_shortcuts()
+
+    async def return_shortcuts(self, wanted: Return) -> float:
+        """Have these connections inspected again; seconds until the switch had it. Raises SwitchError."""
+        began = time.monotonic()
+        machines = self.machines()
+        held = find_held(wanted, self._policies, machines)
+        self._hold_shortcuts(held)
+        taken = await self._switch.read_shortcuts() if wanted.ids else ()
+        returned = build_return(wanted, machines, taken)
+        await self._switch.send_lines((*build_untaught(held), *returned))
+        return time.monotonic() - began
+
     # The inside
 
     def _check_may_steer(self) -> None:
@@ -334,6 +369,11 @@ class Reconciler:
                 "switch would pass traffic uninspected",
                 f"`ovs-vsctl set-fail-mode {self._bridge} secure`",
             )
+
+    def _hold_shortcuts(self, policies: frozenset[str]) -> None:
+        if policies:
+            self._hold = self._hold.extend(policies, time.monotonic())
+            asyncio.get_running_loop().call_later(HOLD_SECONDS + 0.01, self._wake.set)
 
     async def _restore(self, policies: PolicySet) -> None:
         program = self._compile(policies, self.observed)
@@ -363,7 +403,12 @@ class Reconciler:
     def _compile(self, policies: PolicySet, observed: Observed) -> Program:
         machines = resolve_machines(policies, observed.ports)
         program = compile_program(
-            policies, machines, observed.lanes, observed.canary, observed.ghosts
+            policies,
+            machines,
+            observed.lanes,
+            observed.canary,
+            observed.ghosts,
+            self._hold.find_untaught(time.monotonic()),
         )
         violated = check_program(program, observed.lanes, observed.canary)
         if violated:
@@ -503,6 +548,8 @@ class Reconciler:
         moved = self._find_moved_ports(observed)
         for ofport in moved:
             await self._switch.forget_addresses(ofport)
+        if moved:
+            await self._switch.send_lines(build_port_return(moved))
         bundle = await self._find_difference(program)
         drift = program == self._settled
         if bundle:

@@ -40,7 +40,7 @@ def find_width_problems(
     )
     if not ports:
         return ()
-    legs = [leg.interface for lane in lanes for leg in (lane.leg_a, lane.leg_b)]
+    legs = [leg.interface for lane in lanes for leg in lane.legs]
     return tuple(_find_problems([one for one in legs if one in mtus], ports, mtus, super_packets))
 
 

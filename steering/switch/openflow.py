@@ -29,6 +29,7 @@ from steering.pipeline import (
     parse_cookie,
 )
 from steering.run import run_async
+from steering.shortcut import Taken, find_shortcut_id, is_learned_shortcut
 from steering.shun import PRIORITY, ShunFlow, Shunned, find_shun_id, is_shun
 
 VERSION = ("-O", "OpenFlow15", "--no-names")
@@ -146,6 +147,20 @@ def parse_shunned(line: str) -> Shunned | None:
     return Shunned(find_shun_id(match), match, owner[1], most - age, counter.packets, counter.bytes)
 
 
+def parse_taken(line: str) -> Taken | None:
+    """A line of dump-flows with its statistics; None where it is no connection's that takes a shortcut."""
+    counter = parse_flow_counter(line)
+    owner = parse_cookie(counter.flow.cookie)
+    if owner is None or owner[0] is not CookieKind.SHORTCUT or owner[1] == 0:
+        return None
+    info = OFPFlow(line).info
+    age, idle = (float(str(info.get(key, "0")).rstrip("s")) for key in ("duration", "idle_age"))
+    match = counter.flow.key.match
+    return Taken(
+        find_shortcut_id(match), match, owner[1], age, idle, counter.packets, counter.bytes
+    )
+
+
 _CLAIM = re.compile(r"actions=(?:load|set_field):(0x[0-9a-f]+|\d+)")
 _BUCKET_ID = re.compile(r"bucket_id:\d+,")
 
@@ -198,7 +213,7 @@ class OpenFlowSwitch:
         return (line for line in text.splitlines() if " actions=" in line)
 
     async def read_present(self) -> Present:
-        """All flows (but learned addresses and shunned flows) and groups of ours. Raises SwitchError."""
+        """All flows (but those learned, and shunned ones) and groups of ours. Raises SwitchError."""
         lines, groups = await asyncio.gather(
             self._flow_lines("--no-stats", self.target, OURS), self.read_groups()
         )
@@ -207,7 +222,9 @@ class OpenFlowSwitch:
             tuple(
                 flow
                 for flow in flows
-                if flow.key.table not in LEARNED_TABLES and not is_shun(flow.cookie)
+                if flow.key.table not in LEARNED_TABLES
+                and not is_shun(flow.cookie)
+                and not is_learned_shortcut(flow.key.table, flow.cookie)
             ),
             tuple(groups),
         )
@@ -226,10 +243,14 @@ class OpenFlowSwitch:
         counters = [parse_group_counter(line) for line in text.splitlines()]
         return tuple(c for c in counters if c is not None and is_ours(c.group_id))
 
-    async def send_bundle(self, bundle: Bundle) -> None:
-        """Send all changes as one OpenFlow bundle: all of it takes effect, or nothing. Raises SwitchError."""
-        if bundle:
-            await self._ofctl("bundle", self.target, "-", stdin=bundle.text)
+    async def send_bundle(self, bundle: Bundle, more: Sequence[str] = ()) -> None:
+        """Send all changes as one OpenFlow bundle: all of it takes effect, or nothing. Raises SwitchError.
+
+        ``more``: further lines of the same bundle.
+        """
+        if bundle or more:
+            text = bundle.text + "".join(f"{line}\n" for line in more)
+            await self._ofctl("bundle", self.target, "-", stdin=text)
 
     async def read_shuns(self) -> tuple[Shunned, ...]:
         """The flows that are shunned now. Raises SwitchError."""
@@ -240,16 +261,21 @@ class OpenFlowSwitch:
 
     async def add_shuns(self, flows: Sequence[ShunFlow]) -> None:
         """Shun these, or begin their time anew. Raises SwitchError."""
-        if flows:
-            text = "".join(f"{flow.command}\n" for flow in flows)
-            await self._ofctl("bundle", self.target, "-", stdin=text)
+        await self.send_lines([flow.command for flow in flows])
 
     async def remove_shuns(self, shunned: Sequence[Shunned]) -> None:
         """Raises SwitchError. One that has ended meanwhile is none the less gone."""
-        if shunned:
-            head = f"flow delete_strict table={Table.CONNECTION.number},priority={PRIORITY}"
-            text = "".join(f"{head},{one.match}\n" for one in shunned)
-            await self._ofctl("bundle", self.target, "-", stdin=text)
+        head = f"flow delete_strict table={Table.CONNECTION.number},priority={PRIORITY}"
+        await self.send_lines([f"{head},{one.match}" for one in shunned])
+
+    async def read_shortcuts(self) -> tuple[Taken, ...]:
+        """The connections that take a shortcut now, each direction by itself. Raises SwitchError."""
+        lines = await self._flow_lines(self.target, f"table={Table.SHORTCUTS.number}")
+        return tuple(filter(None, map(parse_taken, lines)))
+
+    async def send_lines(self, lines: Sequence[str]) -> None:
+        """Send lines of `ovs-ofctl bundle` as one. Raises SwitchError."""
+        await self.send_bundle(Bundle(), lines)
 
     async def forget_addresses(self, ofport: int) -> None:
         """Delete what was learned of a port that is gone, so that its number can be another VM's."""

@@ -98,7 +98,7 @@ def build_view(
     ports: list[Port] = []
     problems: list[str] = []
     interfaces: dict[str, Any] = {}
-    wanted_legs = {leg.interface: lane for lane in lanes for leg in (lane.leg_a, lane.leg_b)}
+    wanted_legs = {leg.interface: lane for lane in lanes for leg in lane.legs}
     lane_vlans = {lane.vlan: lane for lane in lanes}
     for row in bridge.ports:
         tag = _first(row.tag, None)
@@ -124,13 +124,18 @@ def build_view(
             if port is not None:
                 ports.append(port)
     filled = tuple(
-        replace(lane, leg_a=_fill(lane.leg_a, interfaces), leg_b=_fill(lane.leg_b, interfaces))
+        replace(
+            lane,
+            leg_a=_fill(lane.leg_a, interfaces),
+            leg_b=_fill(lane.leg_b, interfaces),
+            leg_c=None if lane.leg_c is None else _fill(lane.leg_c, interfaces),
+        )
         for lane in lanes
     )
     for lane in filled:
         problems += [
             f"lane {lane.name} has no leg {leg.interface} on bridge {bridge_name}"
-            for leg in (lane.leg_a, lane.leg_b)
+            for leg in lane.legs
             if leg.ofport <= 0
         ]
     if canary is not None and canary not in interfaces:

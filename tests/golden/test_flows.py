@@ -15,7 +15,7 @@ from steering.diff import build_bundle
 from steering.flows import FlowKey, Present, PresentFlow, Program, build_match, build_port_matches
 from steering.parse import parse_documents
 from tests.support.pipeline_doc import build_example
-from tests.support.worlds import LANES, build_port
+from tests.support.worlds import LANES, THREE_LEGGED, build_port
 
 HERE = Path(__file__).resolve().parent
 
@@ -79,7 +79,45 @@ def build_actions() -> Program:
     return compile_program(policies, resolve_machines(policies, ports), LANES)
 
 
-PROGRAMS = {"web-to-app.flows": build_example, "actions.flows": build_actions}
+SHORTCUT = """
+apiVersion: hairpin/v1
+kind: VirtualMachine
+metadata: {name: a}
+spec: {vmId: vm-1}
+---
+apiVersion: hairpin/v1
+kind: VirtualMachine
+metadata: {name: b}
+spec: {vmId: vm-2}
+---
+apiVersion: hairpin/v1
+kind: SteeringPolicy
+metadata: {name: backup}
+spec:
+  priority: 100
+  from: [{vm: vm-1}]
+  to: [{vm: vm-2}]
+  services: [{protocol: tcp, ports: [873]}]
+  families: [ipv4]
+  action:
+    inspect:
+      profile: prevent
+      onFailure: closed
+      shortcut: {after: 10MB, maxFlows: 50}
+"""
+
+
+def build_shortcut() -> Program:
+    policies = parse_documents(SHORTCUT)
+    ports = (build_port(1), build_port(2))
+    return compile_program(policies, resolve_machines(policies, ports), THREE_LEGGED)
+
+
+PROGRAMS = {
+    "web-to-app.flows": build_example,
+    "actions.flows": build_actions,
+    "shortcut.flows": build_shortcut,
+}
 
 
 def test_compiled_programs_are_the_golden_lines() -> None:

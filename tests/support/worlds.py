@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from steering.model import (
@@ -30,6 +32,12 @@ TIERS = ("web", "app", "db")
 LANES = (
     Lane(1, Profile.PREVENT, 3901, (0,), Leg("p-a", "pa", 201), Leg("p-b", "pb", 202)),
     Lane(2, Profile.DETECT, 3902, (1,), Leg("d-a", "da", 203), Leg("d-b", "db", 204)),
+)
+
+# The same with a third leg each, by which connections come to take shortcuts.
+THREE_LEGGED = tuple(
+    replace(lane, leg_c=Leg(f"{lane.leg_a.interface[0]}-c", f"{lane.leg_a.device[0]}c", ofport))
+    for lane, ofport in zip(LANES, (205, 206), strict=True)
 )
 
 CANARY = 211  # ofport of Hairpin's own port
