@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from steering.classes import Classes, build_classes
 from steering.compile_addresses import add_holder, add_own_claims
 from steering.compile_canary import add_canary, find_canary_macs
 from steering.compile_guard import add_ghost, add_guard, add_learn, add_many
@@ -36,6 +37,7 @@ from steering.model import (
     Machine,
     Observed,
     OnFailure,
+    Peer,
     Policy,
     PolicySet,
     Port,
@@ -61,6 +63,7 @@ from steering.pipeline import (
 BASE = build_cookie(CookieKind.BASE)
 NETWORK, DIRECTION = Register.NETWORK.value, Register.DIRECTION.value
 STEER, DESTINATION = Register.STEER.value, Register.DESTINATION.value
+SENDER, RECEIVER = Register.SENDER_CLASS.value, Register.RECEIVER_CLASS.value
 
 
 def find_vms_in_scope(policies: PolicySet, membership: Membership) -> frozenset[str]:
@@ -125,8 +128,10 @@ def compile_program(
     for port in ports:
         own = declared.get(owners[port.ofport], ())
         book.extend(_compile_port(port, tuple(own), owners[port.ofport] in in_scope))
+    classes = build_classes(policies.policies, membership, (owners[p.ofport] for p in scoped))
     if scoped or canary > 0:
         _add_connection(book, scoped)
+        _add_classes(book, scoped, owners, classes)
     if scoped:
         add_many(book)
     if canary > 0:
@@ -140,9 +145,14 @@ def compile_program(
     holders = [port for port in (*away, *ports) if port.vm_id in declared]
     for address, holder in {a: port for port in holders for a in declared[port.vm_id]}.items():
         add_holder(book, address, holder)
+    ofports: dict[str, list[int]] = {}
+    for port in scoped:
+        ofports.setdefault(owners[port.ofport], []).append(port.ofport)
     for policy in policies.policies:
-        openers = _find_ofports(scoped, owners, membership.find_members(policy.sources))
-        answerers = _find_ofports(scoped, owners, membership.find_members(policy.destinations))
+        openers, answerers = (
+            _find_side(peers, membership, classes, ofports)
+            for peers in (policy.sources, policy.destinations)
+        )
         if openers and answerers:
             _add_policy(book, policy, openers, answerers, lanes)
     add_quarantine(book, machines, policies.quarantined)
@@ -235,7 +245,7 @@ def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
     """
 
     def policy(direction: Direction) -> str:
-        return f"{set_register(DIRECTION, direction)},{go_to(Table.POLICY)}"
+        return f"{set_register(DIRECTION, direction)},{go_to(Table.SENDER)}"
 
     mark = "exec(move:NXM_OF_IN_PORT[]->NXM_NX_CT_MARK[0..15])"
     commit = f"ct(commit,zone={CT_ZONE},{mark})"
@@ -268,23 +278,68 @@ def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
     book.add(Table.POLICY, 0, "", go_to(Table.DIRECT), BASE)
 
 
-def _find_ofports(
-    ports: Sequence[Port], owners: Mapping[int, str], members: frozenset[str]
-) -> tuple[int, ...]:
-    return tuple(port.ofport for port in ports if owners[port.ofport] in members)
+def _add_classes(
+    book: FlowBook, ports: Sequence[Port], owners: Mapping[int, str], classes: Classes
+) -> None:
+    """The classes of both ends, looked up behind conntrack: in the same walk as the policies.
+
+    What is set before conntrack is kept with the packet while the tables may change: a class that is no
+    longer any policy's would then meet none, and go direct.
+    """
+    for port in ports:
+        number = classes.by_vm.get(owners[port.ofport])
+        if number is None:
+            continue
+        cookie = build_cookie(CookieKind.PORT, port.ofport)
+        sender = f"{set_register(SENDER, number)},{go_to(Table.RECEIVER)}"
+        book.add(Table.SENDER, 100, build_match(in_port=port.ofport), sender, cookie)
+        receiver = f"{set_register(RECEIVER, number)},{go_to(Table.POLICY)}"
+        to_port = build_match(reg6=render_number(port.ofport))
+        book.add(Table.RECEIVER, 100, to_port, receiver, cookie)
+    book.add(Table.SENDER, 0, "", go_to(Table.RECEIVER), BASE)
+    book.add(Table.RECEIVER, 0, "", go_to(Table.POLICY), BASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """Whom one side of a policy names: classes, and ports of VMs that are named one by one."""
+
+    classes: tuple[int, ...]
+    ofports: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.classes or self.ofports)
+
+
+def _find_side(
+    peers: Sequence[Peer],
+    membership: Membership,
+    classes: Classes,
+    ofports: Mapping[str, Sequence[int]],
+) -> _Side:
+    found = classes.find_classes(peers)
+    named = membership.find_members(peer for peer in peers if peer.zone is None)
+    # A VM that is named and in a zone that is named stands in the class's clause already.
+    alone = sorted(
+        ofport
+        for vm_id in named
+        if classes.by_vm.get(vm_id) not in found
+        for ofport in ofports.get(vm_id, ())
+    )
+    return _Side(found, tuple(alone))
 
 
 def _add_policy(
     book: FlowBook,
     policy: Policy,
-    openers: Sequence[int],
-    answerers: Sequence[int],
+    openers: _Side,
+    answerers: _Side,
     lanes: Sequence[Lane],
 ) -> None:
     """A policy as two conjunctions (ovs-fields(7)): what its opener sends, and what answers.
 
-    Clauses: from a port of these, to a port of those, of one of the services. So the flows grow with
-    the number of VMs, not of pairs.
+    Clauses: from a class (or port) of these, to one of those, of one of the services. So the flows grow
+    with the number of classes in its zones, not of VMs nor of pairs.
     """
     number = build_policy_number(policy.name)
     cookie = build_cookie(CookieKind.POLICY, number)
@@ -305,8 +360,10 @@ def _add_policy(
                 continue
             conjunction = build_conjunction_id(part, answer=answer)
             clauses = (
-                *((build_match(in_port=ofport), 1) for ofport in senders),
-                *((build_match(reg6=render_number(ofport)), 2) for ofport in receivers),
+                *((build_match(reg4=render_number(one)), 1) for one in senders.classes),
+                *((build_match(in_port=ofport), 1) for ofport in senders.ofports),
+                *((build_match(reg5=render_number(one)), 2) for one in receivers.classes),
+                *((build_match(reg6=render_number(ofport)), 2) for ofport in receivers.ofports),
                 *((match, 3) for match in matches),
             )
             for match, dimension in clauses:

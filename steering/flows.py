@@ -21,6 +21,8 @@ FIELD_ORDER = (
     "reg0",
     "reg1",
     "reg2",
+    "reg4",
+    "reg5",
     "reg6",
     "in_port",
     "dl_vlan",

@@ -34,6 +34,8 @@ class Table(Enum):
     CONNECTION = TableSpec(
         30, "Who opened the connection that it belongs to (conntrack); what is not IP is dropped."
     )
+    SENDER = TableSpec(32, "Which class of VMs (those in the same zones) the sender is of.")
+    RECEIVER = TableSpec(34, "Which class of VMs the one that it is for is of.")
     POLICY = TableSpec(40, "Which policy names it: one conjunction per policy and direction.")
     COMMIT = TableSpec(45, "Remember who opened a connection that has no SYN to tell (UDP, ICMP).")
     STEER = TableSpec(50, "Which group: lane, leg and failure mode; or direct.")
@@ -64,6 +66,8 @@ class Register(Enum):
     NETWORK = "reg0"  # access VLAN of the sender's port in the bridge, 0 for none
     DIRECTION = "reg1"  # bits of Direction
     STEER = "reg2"  # steer key (see build_steer_key), 0: direct
+    SENDER_CLASS = "reg4"  # the sender's class of VMs (steering.classes), 0: in no zone that counts
+    RECEIVER_CLASS = "reg5"  # likewise of the VM that the packet is for
     DESTINATION = "reg6"  # ofport of the VM that the packet is for
 
 
