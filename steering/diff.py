@@ -62,7 +62,8 @@ def build_bundle(wanted: Program, present: Present) -> Bundle:
     Groups first (flows point to them), what others watch before what watches it; groups that go, last.
     """
     have = {flow.key: flow for flow in present.flows}
-    return _build(wanted.flows, have, wanted.groups, present.groups)
+    want = (flow for piece in wanted.pieces for flow in piece.flows)
+    return _build(want, have, wanted.groups, present.groups)
 
 
 def build_change(wanted: Program, standing: Program) -> Bundle:
@@ -70,7 +71,7 @@ def build_change(wanted: Program, standing: Program) -> Bundle:
     before, after = set(standing.pieces), set(wanted.pieces)
     gone = (flow for piece in before - after for flow in piece.flows)
     have = {flow.key: PresentFlow(flow.key, flow.actions, flow.cookie) for flow in gone}
-    want = sort_flows(flow for piece in after - before for flow in piece.flows)
+    want = (flow for piece in after - before for flow in piece.flows)
     return _build(want, have, wanted.groups, standing.groups)
 
 
@@ -84,12 +85,15 @@ def _build(
     if want_groups is not have_groups:
         changes += _build_group_changes(want_groups, have_groups)
     left = dict(have)
+    other: dict[Flow, Kind] = {}
     for flow in want:
         old = left.pop(flow.key, None)
         if old is None:
-            changes.append(Change("add", str(flow), _flow_command("add", flow)))
+            other[flow] = "add"
         elif (old.actions, old.cookie) != (flow.actions, flow.cookie):
-            changes.append(Change("modify", str(flow), _flow_command("add", flow)))
+            other[flow] = "modify"
+    for flow in sort_flows(other):
+        changes.append(Change(other[flow], str(flow), _flow_command("add", flow)))
     for old in left.values():
         changes.append(Change("delete", str(old), _delete_flow_command(old)))
     wanted_ids = {group.group_id for group in want_groups}
