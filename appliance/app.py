@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -50,11 +52,18 @@ from steering.tasks import cancel_all
 
 log = structlog.get_logger("serve")
 
+SWITCH_SECONDS = 0.0005
+"""For which a thread keeps the interpreter while others wait: a change of policies is one of them. Python's 5 ms
+are as long as the change itself takes."""
+GARBAGE_AFTER = (20_000, 20, 100)
+"""`gc.set_threshold`: a whole collection stops everything for 0.1 s where there are many VMs, and finds little."""
+
 HOLDINGS_SECONDS = 7 * 86400.0  # how far back attribution remembers who held an address
 
 
 def run_serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status. Raises HairpinError."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     return asyncio.run(_serve(settings))
 
 
@@ -146,6 +155,10 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
     keeper.failures = watches.failures
     await reconciler.start(in_force.policies)
     management.note_machines()
+    # What is there now is there to stay: the collector need not look at it each time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GARBAGE_AFTER)
     revival = ReviveWatch(
         lanes,
         settings.engine_socket,
@@ -212,7 +225,7 @@ def _build_watches(
             lambda lane: find_management().find_concerned(lane),
         ),
         ledger=LedgerWatch(
-            Prover(vswitchd, settings.switch.openflow) if vswitchd else None,
+            Prover(vswitchd, settings.switch.openflow, rush=reconciler.rush) if vswitchd else None,
             lambda: find_management().read_inputs(),
             store,
             lambda run: find_management().coverage.keep_moment(run),

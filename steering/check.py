@@ -6,10 +6,11 @@ Run before each bundle; a violation is a bug of ours, and nothing is sent.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from functools import lru_cache
 
-from steering.flows import Flow, Program, go_to
+from steering.flows import Flow, FlowKey, Piece, Program, go_to
 from steering.model import Lane, OnFailure
 from steering.pipeline import (
     COOKIE_PREFIX,
@@ -19,7 +20,7 @@ from steering.pipeline import (
     build_group_id,
     build_steer_key,
 )
-from steering.reach import find_reached
+from steering.reach import FlowIndex, find_reached_in
 
 _RESUBMIT = re.compile(r"resubmit\(,(\d+)\)")
 _OUTPUT = re.compile(r"output:(\d+)")
@@ -29,21 +30,68 @@ _RANK = {table.number: rank for rank, table in enumerate(Table)}
 
 def check_program(program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
     """Every violated invariant as a sentence; empty when all hold. ``canary``: its ofport, 0 without."""
-    return (
-        *_check_order(program),
-        *_check_return(program, lanes),
-        *_check_lanes(program, lanes),
-        *_check_shortcuts(program, lanes),
-        *_check_ownership(program),
-        *(_check_canary(program, lanes, canary) if canary > 0 else ()),
-    )
+    return Checker().check(program, lanes, canary)
 
 
-def _check_order(program: Program) -> Iterator[str]:
-    """Packets move forward through the tables only, so nothing loops (a guess may retry POLICY once)."""
-    for flow in program.flows:
-        for fault in _find_order_faults(flow.table, flow.actions):
-            yield f"{fault}: {flow}"
+class Checker:
+    """`check_program` of one program after another: of each only the pieces that the last one lacked.
+
+    It holds what the invariants ask of all flows together: who has which key, and what may meet which.
+    """
+
+    def __init__(self) -> None:
+        self._legs = _Legs()
+        self._pieces: frozenset[Piece] = frozenset()
+        self._keys: set[FlowKey] = set()
+        self._index = FlowIndex()
+
+    def check(self, program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
+        """As `check_program`."""
+        legs = _find_legs(lanes)
+        if legs != self._legs:
+            self._forget()
+            self._legs = legs
+        faults = (
+            *self._follow(program),
+            *_check_legs(self._keys, legs),
+            *_check_lanes(program, lanes),
+            *_check_groups(program),
+            *(_check_canary(self._index, lanes, canary) if canary > 0 else ()),
+        )
+        if faults:
+            self._forget()  # what was passed as sound is all that may be left out the next time
+        return faults
+
+    def _forget(self) -> None:
+        self._pieces, self._keys, self._index = frozenset(), set(), FlowIndex()
+
+    def _follow(self, program: Program) -> Iterator[str]:
+        pieces = frozenset(program.pieces)
+        if len(pieces) != len(program.pieces):
+            yield "a piece stands twice"
+        for piece in self._pieces - pieces:
+            for flow in piece.flows:
+                self._keys.discard(flow.key)
+                self._index.remove(flow)
+        for piece in pieces - self._pieces:
+            for flow in piece.flows:
+                if flow.key in self._keys:
+                    yield f"stands twice: {flow}"
+                    continue
+                self._keys.add(flow.key)
+                self._index.add(flow)
+                yield from _check_flow(flow, self._legs)
+        self._pieces = pieces
+
+
+def _check_flow(flow: Flow, legs: _Legs) -> Iterator[str]:
+    if flow.cookie >> 48 != COOKIE_PREFIX:
+        yield f"carries a foreign cookie: {flow}"
+    # Packets move forward through the tables only, so nothing loops (a guess may retry POLICY once).
+    for fault in _find_order_faults(flow.table, flow.actions):
+        yield f"{fault}: {flow}"
+    yield from _check_return(flow, legs)
+    yield from _check_shortcut(flow, legs.third)
 
 
 @lru_cache(maxsize=32_768)
@@ -62,66 +110,70 @@ def _table(number: int) -> Table:
     return next(table for table in Table if table.number == number)
 
 
-def _check_return(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _Legs:
+    """Ofports. ``two``: of legs A and B, from which frames only return; ``third``: of legs C."""
+
+    two: frozenset[int] = frozenset()
+    third: frozenset[int] = frozenset()
+
+
+def _find_legs(lanes: Sequence[Lane]) -> _Legs:
+    two = frozenset(leg.ofport for lane in lanes for leg in (lane.leg_a, lane.leg_b))
+    third = frozenset(lane.leg_c.ofport for lane in lanes if lane.leg_c is not None)
+    return _Legs(two - {0, -1}, third - {0, -1})
+
+
+def _check_return(flow: Flow, legs: _Legs) -> Iterator[str]:
     """A frame from a leg is delivered or dropped: never steered again, never learned, never flooded."""
-    third = _find_third_legs(lanes)
-    two = {leg.ofport for lane in lanes for leg in (lane.leg_a, lane.leg_b) if leg.ofport > 0}
-    legs = two | third
-    for flow in program.flows:
-        from_leg = _in_port(flow) in two
-        if flow.table is Table.CLASSIFY and from_leg and flow.actions != "resubmit(,60)":
-            yield f"a frame from a leg goes elsewhere than to RETURN: {flow}"
-        if flow.table is Table.RETURN and flow.actions not in ("drop", "pop_vlan,resubmit(,70)"):
-            yield f"RETURN does more than deliver: {flow}"
-        if flow.table is Table.DELIVER:
-            outputs = {int(port) for port in _OUTPUT.findall(flow.actions)}
-            if outputs & legs or not (
-                flow.actions == "drop" or re.fullmatch(r"output:\d+", flow.actions)
-            ):
-                yield f"DELIVER does more than deliver: {flow}"
-        elif _OUTPUT.search(flow.actions):
-            yield f"outputs outside DELIVER: {flow}"
-    missing = legs - {
-        port
-        for flow in program.flows
-        if flow.table is Table.CLASSIFY
-        and flow.priority == 300
-        and (port := _in_port(flow)) is not None
-    }
-    for leg in sorted(missing):
-        yield f"leg {leg} is not told apart from a VM"
-
-
-def _find_third_legs(lanes: Sequence[Lane]) -> set[int]:
-    return {lane.leg_c.ofport for lane in lanes if lane.leg_c and lane.leg_c.ofport > 0}
-
-
-def _check_shortcuts(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
-    """A frame from a third leg is delivered, whatever it teaches; nothing else teaches a shortcut."""
-    third = _find_third_legs(lanes)
-    for flow in program.flows:
-        if flow.table is Table.CLASSIFY and _in_port(flow) in third:
-            if flow.actions != go_to(Table.LET_GO):
-                yield f"a frame from a third leg goes elsewhere than to LET_GO: {flow}"
-        elif flow.table is Table.LET_GO:
-            if flow.actions != "drop" and _in_port(flow) not in third:
-                yield f"takes other frames than a third leg's for let go: {flow}"
-        elif "reg9" in flow.actions:
-            yield f"says that the engine let a frame go: {flow}"
-        elif flow.table is Table.SHORTCUTS:
-            yield f"a shortcut that was not learned: {flow}"
-        elif flow.table is Table.STEER and "reg9=" in flow.match:
-            if flow.actions != go_to(Table.TEACH, Table.DELIVER):
-                yield f"steers what came back already: {flow}"
-        elif flow.table is Table.TAKE and "tcp_flags=+syn" in flow.match:
-            if not flow.actions.endswith(f"set_field:0->reg7,{go_to(Table.CONNECTION)}"):
-                yield f"lets a SYN take a shortcut: {flow}"
-        elif flow.table is Table.TEACH and not {"reg7", "reg9"} <= set(_fields(flow.match)):
-            yield f"teaches what no engine and no policy let go: {flow}"
-        if str(Table.SHORTCUTS.number) in _LEARNED_TABLE.findall(flow.actions) and (
-            flow.table not in (Table.TAKE, Table.TEACH)
+    if (
+        flow.table is Table.CLASSIFY
+        and flow.actions != "resubmit(,60)"
+        and _in_port(flow) in legs.two
+    ):
+        yield f"a frame from a leg goes elsewhere than to RETURN: {flow}"
+    if flow.table is Table.RETURN and flow.actions not in ("drop", "pop_vlan,resubmit(,70)"):
+        yield f"RETURN does more than deliver: {flow}"
+    if flow.table is Table.DELIVER:
+        outputs = {int(port) for port in _OUTPUT.findall(flow.actions)}
+        if outputs & (legs.two | legs.third) or not (
+            flow.actions == "drop" or re.fullmatch(r"output:\d+", flow.actions)
         ):
-            yield f"teaches a shortcut outside TEACH: {flow}"
+            yield f"DELIVER does more than deliver: {flow}"
+    elif _OUTPUT.search(flow.actions):
+        yield f"outputs outside DELIVER: {flow}"
+
+
+def _check_legs(keys: Set[FlowKey], legs: _Legs) -> Iterator[str]:
+    for leg in sorted(legs.two | legs.third):
+        if FlowKey(Table.CLASSIFY.number, 300, f"in_port={leg}") not in keys:
+            yield f"leg {leg} is not told apart from a VM"
+
+
+def _check_shortcut(flow: Flow, third: frozenset[int]) -> Iterator[str]:
+    """A frame from a third leg is delivered, whatever it teaches; nothing else teaches a shortcut."""
+    if flow.table is Table.CLASSIFY and _in_port(flow) in third:
+        if flow.actions != go_to(Table.LET_GO):
+            yield f"a frame from a third leg goes elsewhere than to LET_GO: {flow}"
+    elif flow.table is Table.LET_GO:
+        if flow.actions != "drop" and _in_port(flow) not in third:
+            yield f"takes other frames than a third leg's for let go: {flow}"
+    elif "->reg9" in flow.actions or "NXM_NX_REG9" in flow.actions:
+        yield f"says that the engine let a frame go: {flow}"
+    elif flow.table is Table.SHORTCUTS:
+        yield f"a shortcut that was not learned: {flow}"
+    elif flow.table is Table.STEER and "reg9=" in flow.match:
+        if flow.actions != go_to(Table.TEACH, Table.DELIVER):
+            yield f"steers what came back already: {flow}"
+    elif flow.table is Table.TAKE and "tcp_flags=+syn" in flow.match:
+        if not flow.actions.endswith(f"set_field:0->reg7,{go_to(Table.CONNECTION)}"):
+            yield f"lets a SYN take a shortcut: {flow}"
+    elif flow.table is Table.TEACH and not {"reg7", "reg9"} <= set(_fields(flow.match)):
+        yield f"teaches what no engine and no policy let go: {flow}"
+    if str(Table.SHORTCUTS.number) in _LEARNED_TABLE.findall(flow.actions) and (
+        flow.table not in (Table.TAKE, Table.TEACH)
+    ):
+        yield f"teaches a shortcut outside TEACH: {flow}"
 
 
 def _fields(match: str) -> Iterator[str]:
@@ -158,9 +210,9 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
                     yield f"group {group} does not fail {on_failure}"
 
 
-def _check_canary(program: Program, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
+def _check_canary(index: FlowIndex, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
     """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
-    reached = find_reached(program, {"in_port": str(canary)})
+    reached = find_reached_in(index, {"in_port": str(canary)})
     for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
         if table in reached.tables:
             yield f"the canary's port {canary} reaches {table.name}"
@@ -173,14 +225,7 @@ def _check_canary(program: Program, lanes: Sequence[Lane], canary: int) -> Itera
         yield f"the canary's port {canary} reaches groups {sorted(reached.groups)}, not {sorted(closed)}"
 
 
-def _check_ownership(program: Program) -> Iterator[str]:
-    seen = set()
-    for flow in program.flows:
-        if flow.cookie >> 48 != COOKIE_PREFIX:
-            yield f"carries a foreign cookie: {flow}"
-        if flow.key in seen:
-            yield f"stands twice: {flow}"
-        seen.add(flow.key)
+def _check_groups(program: Program) -> Iterator[str]:
     for group in program.groups:
         if group.group_id & GROUP_MASK != GROUP_PREFIX:
             yield f"has a foreign id: {group}"

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from steering.classes import NO_CLASS, Classes, build_classes
 from steering.compile_addresses import add_holder, add_own_claims
 from steering.compile_canary import add_canary, find_canary_macs
 from steering.compile_guard import add_ghost, add_guard, add_learn, add_many
 from steering.compile_quarantine import add_quarantine
-from steering.compile_shortcut import add_shortcuts, build_offer, find_shortcuts, has_third_leg
+from steering.compile_shortcut import (
+    add_origin,
+    add_shortcuts,
+    build_offer,
+    find_shortcuts,
+    has_third_leg,
+)
 from steering.decide import find_lane, resolve_machines
 from steering.flows import (
     IP_KEYWORDS,
@@ -19,6 +26,7 @@ from steering.flows import (
     Flow,
     FlowBook,
     Group,
+    Piece,
     Program,
     build_match,
     build_port_matches,
@@ -37,6 +45,7 @@ from steering.model import (
     Machine,
     Observed,
     OnFailure,
+    Peer,
     Policy,
     PolicySet,
     Port,
@@ -62,6 +71,7 @@ from steering.pipeline import (
 BASE = build_cookie(CookieKind.BASE)
 NETWORK, DIRECTION = Register.NETWORK.value, Register.DIRECTION.value
 STEER, DESTINATION = Register.STEER.value, Register.DESTINATION.value
+SENDER, RECEIVER = Register.SENDER_CLASS.value, Register.RECEIVER_CLASS.value
 TRIGGER = Register.TRIGGER.value
 
 
@@ -116,6 +126,7 @@ def compile_program(
     ``untaught`` are policies whose connections learn no shortcut for now (see `Hold`).
     """
     book = FlowBook()
+    pieces: list[Piece] = []
     reserved = find_canary_macs(lanes) if canary > 0 else frozenset()
     every = tuple(port for machine in machines for port in machine.ports)
     ports = find_usable_ports(every, reserved)
@@ -123,17 +134,20 @@ def compile_program(
     in_scope = find_vms_in_scope(policies, membership)
     owners = {port.ofport: machine.vm_id for machine in machines for port in machine.ports}
     scoped = tuple(port for port in ports if owners[port.ofport] in in_scope)
+    classes = build_classes(policies.policies, membership, (owners[p.ofport] for p in scoped))
     declared = {one.vm_id: one.addresses for one in policies.machines if one.addresses}
     _add_base(book)
     _add_legs(book, lanes)
     shortcuts = find_shortcuts(policies.policies, lanes)
     for port in ports:
-        own = declared.get(owners[port.ofport], ())
-        strict = owners[port.ofport] in in_scope
-        book.extend(_compile_port(port, tuple(own), strict, bool(shortcuts)))
-    add_shortcuts(book, shortcuts, lanes, scoped, untaught)
+        vm_id = owners[port.ofport]
+        own = tuple(declared.get(vm_id, ()))
+        strict = vm_id in in_scope
+        number = classes.by_vm.get(vm_id, NO_CLASS) if strict else NO_CLASS
+        pieces.append(_compile_port(port, own, strict, number, bool(shortcuts)))
+    add_shortcuts(book, shortcuts, lanes, untaught)
     if scoped or canary > 0:
-        _add_connection(book, scoped)
+        _add_connection(book)
     if scoped:
         add_many(book)
     if canary > 0:
@@ -141,28 +155,43 @@ def compile_program(
     steerable = reserved | {port.mac for port in ports}
     lost = [port for port in (*ghosts, *every) if port.mac not in steerable]
     shut = _find_macs_in_scope(policies, lost) if lost else frozenset()
-    for mac in sorted(shut):
-        add_ghost(book, mac)
+    pieces += [_compile_ghost(mac) for mac in sorted(shut)]
     away = [replace(port, ofport=0) for port in ghosts if port.mac in shut]
     holders = [port for port in (*away, *ports) if port.vm_id in declared]
     for address, holder in {a: port for port in holders for a in declared[port.vm_id]}.items():
-        add_holder(book, address, holder)
+        pieces.append(_compile_holder(address, holder))
+    ofports: dict[str, list[int]] = {}
+    for port in scoped:
+        ofports.setdefault(owners[port.ofport], []).append(port.ofport)
+    ranks: dict[int, list[tuple[Policy, _Side, _Side]]] = {}
     for policy in policies.policies:
-        openers = _find_ofports(scoped, owners, membership.find_members(policy.sources))
-        answerers = _find_ofports(scoped, owners, membership.find_members(policy.destinations))
+        openers, answerers = (
+            _find_side(peers, membership, classes, ofports)
+            for peers in (policy.sources, policy.destinations)
+        )
         if openers and answerers:
-            _add_policy(book, policy, openers, answerers, lanes)
+            rank = build_policy_priority(policy)
+            ranks.setdefault(rank, []).append((policy, openers, answerers))
+    pieces += [_compile_rank(tuple(of_rank), tuple(lanes)) for of_rank in ranks.values()]
     add_quarantine(book, machines, policies.quarantined)
     groups = tuple(_build_groups(lanes)) if lanes else ()
     _add_steer(book, lanes)
-    return Program(tuple(book.flows()), groups)
+    return Program(groups=groups, pieces=(_keep_piece(tuple(book.flows())), *pieces))
+
+
+# What was compiled before is remembered: of all ports and policies hardly any is another one than it was.
+
+
+@lru_cache(maxsize=64)
+def _keep_piece(flows: tuple[Flow, ...]) -> Piece:
+    return Piece(flows)
 
 
 @lru_cache(maxsize=32_768)
 def _compile_port(
-    port: Port, own: tuple[str, ...], strict: bool, shortcuts: bool
-) -> tuple[Flow, ...]:
-    """A port's own flows. Remembered: of all ports hardly any is another one than it was before."""
+    port: Port, own: tuple[str, ...], strict: bool, number: int, shortcuts: bool
+) -> Piece:
+    """A port's own flows; in scope (``strict``) with its VM's class, and where some policy has a shortcut."""
     book = FlowBook()
     _add_classify(book, port)
     add_learn(book, port)
@@ -174,7 +203,37 @@ def _compile_port(
     book.add(Table.DELIVER, 100, build_match(dl_dst=port.mac), f"output:{port.ofport}", cookie)
     if strict:
         _add_destination(book, port, shortcuts=shortcuts)
-    return tuple(book.flows())
+        _add_port_connection(book, port)
+        if shortcuts:
+            add_origin(book, port)
+    if number != NO_CLASS:
+        _add_class(book, port, number)
+    return Piece(tuple(book.flows()))
+
+
+@lru_cache(maxsize=4_096)
+def _compile_ghost(mac: str) -> Piece:
+    book = FlowBook()
+    add_ghost(book, mac)
+    return Piece(tuple(book.flows()))
+
+
+@lru_cache(maxsize=32_768)
+def _compile_holder(address: str, holder: Port) -> Piece:
+    book = FlowBook()
+    add_holder(book, address, holder)
+    return Piece(tuple(book.flows()))
+
+
+@lru_cache(maxsize=8_192)
+def _compile_rank(
+    policies: tuple[tuple[Policy, _Side, _Side], ...], lanes: tuple[Lane, ...]
+) -> Piece:
+    """The policies whose flows have one priority: they may share clauses."""
+    book = FlowBook()
+    for policy, openers, answerers in policies:
+        _add_policy(book, policy, openers, answerers, lanes)
+    return Piece(tuple(book.flows()))
 
 
 def _find_macs_in_scope(policies: PolicySet, ports: Sequence[Port]) -> frozenset[str]:
@@ -238,65 +297,108 @@ def _add_destination(book: FlowBook, port: Port, *, shortcuts: bool) -> None:
     book.add(Table.ENDPOINT, 70, build_match(**known), untold, cookie)
 
 
-def _add_connection(book: FlowBook, ports: Sequence[Port]) -> None:
+def _go_to_policy(direction: Direction) -> str:
+    return f"{set_register(DIRECTION, direction)},{go_to(Table.SENDER)}"
+
+
+def _add_port_connection(book: FlowBook, port: Port) -> None:
+    """A connection's direction counts only if it was marked with the sender's or the receiver's port."""
+    table = Table.CONNECTION
+    cookie, number = build_cookie(CookieKind.PORT, port.ofport), render_number(port.ofport)
+    opener = build_match(ct_state="+est-rel-rpl-inv+trk", ct_mark=number, in_port=port.ofport)
+    answer = build_match(ct_state="+est-rel+rpl-inv+trk", ct_mark=number, reg6=number)
+    book.add(table, 90, opener, _go_to_policy(Direction.OPENER), cookie)
+    book.add(table, 90, answer, _go_to_policy(Direction.ANSWER), cookie)
+    # Only what is not IP is untracked still: it could carry IP (MPLS, PPPoE) past every policy.
+    unread = build_match(ct_state="-trk", in_port=port.ofport)
+    book.add(table, 60, unread, "drop", build_cookie(CookieKind.UNREAD, port.ofport))
+
+
+def _add_class(book: FlowBook, port: Port, number: int) -> None:
+    """The class of the port's VM, looked up behind conntrack: in the same walk as the policies.
+
+    What is set before conntrack is kept with the packet while the tables may change: a class that is no
+    longer any policy's would then meet none, and go direct.
+    """
+    cookie = build_cookie(CookieKind.PORT, port.ofport)
+    sender = f"{set_register(SENDER, number)},{go_to(Table.RECEIVER)}"
+    book.add(Table.SENDER, 100, build_match(in_port=port.ofport), sender, cookie)
+    receiver = f"{set_register(RECEIVER, number)},{go_to(Table.POLICY)}"
+    to_port = build_match(reg6=render_number(port.ofport))
+    book.add(Table.RECEIVER, 100, to_port, receiver, cookie)
+
+
+def _add_connection(book: FlowBook) -> None:
     """Ask conntrack who opened the connection. Without an answer (midstream), both are assumed.
 
     A connection carries the port that opened it as its mark, and the answer counts only if it is the
     sender's or the receiver's: conntrack knows addresses alone, and a VM that forges the other end's
     could otherwise open a connection in its name and pass its own packets off as answers.
     """
-
-    def policy(direction: Direction) -> str:
-        return f"{set_register(DIRECTION, direction)},{go_to(Table.POLICY)}"
-
     mark = "exec(move:NXM_OF_IN_PORT[]->NXM_NX_CT_MARK[0..15])"
     commit = f"ct(commit,zone={CT_ZONE},{mark})"
     table = Table.CONNECTION
-    for port in ports:
-        cookie, number = build_cookie(CookieKind.PORT, port.ofport), render_number(port.ofport)
-        opener = build_match(ct_state="+est-rel-rpl-inv+trk", ct_mark=number, in_port=port.ofport)
-        answer = build_match(ct_state="+est-rel+rpl-inv+trk", ct_mark=number, reg6=number)
-        book.add(table, 90, opener, policy(Direction.OPENER), cookie)
-        book.add(table, 90, answer, policy(Direction.ANSWER), cookie)
-        # Only what is not IP is untracked still: it could carry IP (MPLS, PPPoE) past every policy.
-        unread = build_match(ct_state="-trk", in_port=port.ofport)
-        book.add(table, 60, unread, "drop", build_cookie(CookieKind.UNREAD, port.ofport))
     for ip, tcp in zip(IP_KEYWORDS, TCP_KEYWORDS, strict=True):
         ask = f"ct(table={table.number},zone={CT_ZONE})"
         book.add(table, 100, build_match(ip, ct_state="-trk"), ask, BASE)
         syn = build_match(tcp, ct_state="+new-inv+trk", tcp_flags="+syn-ack")
-        book.add(table, 90, syn, f"{commit},{policy(Direction.OPENER)}", BASE)
+        book.add(table, 90, syn, f"{commit},{_go_to_policy(Direction.OPENER)}", BASE)
         midstream = build_match(tcp, ct_state="+new-inv+trk")
-        book.add(table, 80, midstream, policy(Direction.UNKNOWN), BASE)
+        book.add(table, 80, midstream, _go_to_policy(Direction.UNKNOWN), BASE)
         first = build_match(ip, ct_state="+new-rel-inv+trk")
-        book.add(table, 70, first, policy(Direction.GUESS), BASE)
+        book.add(table, 70, first, _go_to_policy(Direction.GUESS), BASE)
         book.add(
             Table.COMMIT, 100, build_match(ip, reg1="0x5"), f"{commit},{go_to(Table.STEER)}", BASE
         )
-    book.add(table, 0, "", policy(Direction.UNKNOWN), BASE)
+    book.add(table, 0, "", _go_to_policy(Direction.UNKNOWN), BASE)
     book.add(Table.COMMIT, 0, "", go_to(Table.STEER), BASE)
+    book.add(Table.SENDER, 0, "", go_to(Table.RECEIVER), BASE)
+    book.add(Table.RECEIVER, 0, "", go_to(Table.POLICY), BASE)
     again = f"{set_register(DIRECTION, Direction.GUESS_ANSWER)},{go_to(Table.POLICY)}"
     book.add(Table.POLICY, 1, build_match(reg1="0x5"), again, BASE)
     book.add(Table.POLICY, 0, "", go_to(Table.DIRECT), BASE)
 
 
-def _find_ofports(
-    ports: Sequence[Port], owners: Mapping[int, str], members: frozenset[str]
-) -> tuple[int, ...]:
-    return tuple(port.ofport for port in ports if owners[port.ofport] in members)
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """Whom one side of a policy names: classes, and ports of VMs that are named one by one."""
+
+    classes: tuple[int, ...]
+    ofports: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.classes or self.ofports)
+
+
+def _find_side(
+    peers: Sequence[Peer],
+    membership: Membership,
+    classes: Classes,
+    ofports: Mapping[str, Sequence[int]],
+) -> _Side:
+    found = classes.find_classes(peers)
+    named = membership.find_members(peer for peer in peers if peer.zone is None)
+    # A VM that is named and in a zone that is named stands in the class's clause already.
+    alone = sorted(
+        ofport
+        for vm_id in named
+        if classes.by_vm.get(vm_id) not in found
+        for ofport in ofports.get(vm_id, ())
+    )
+    return _Side(found, tuple(alone))
 
 
 def _add_policy(
     book: FlowBook,
     policy: Policy,
-    openers: Sequence[int],
-    answerers: Sequence[int],
+    openers: _Side,
+    answerers: _Side,
     lanes: Sequence[Lane],
 ) -> None:
     """A policy as two conjunctions (ovs-fields(7)): what its opener sends, and what answers.
 
-    Clauses: from a port of these, to a port of those, of one of the services. So the flows grow with
-    the number of VMs, not of pairs.
+    Clauses: from a class (or port) of these, to one of those, of one of the services. So the flows grow
+    with the number of classes in its zones, not of VMs nor of pairs.
     """
     number = build_policy_number(policy.name)
     cookie = build_cookie(CookieKind.POLICY, number)
@@ -317,8 +419,10 @@ def _add_policy(
                 continue
             conjunction = build_conjunction_id(part, answer=answer)
             clauses = (
-                *((build_match(in_port=ofport), 1) for ofport in senders),
-                *((build_match(reg6=render_number(ofport)), 2) for ofport in receivers),
+                *((build_match(reg4=render_number(one)), 1) for one in senders.classes),
+                *((build_match(in_port=ofport), 1) for ofport in senders.ofports),
+                *((build_match(reg5=render_number(one)), 2) for one in receivers.classes),
+                *((build_match(reg6=render_number(ofport)), 2) for ofport in receivers.ofports),
                 *((match, 3) for match in matches),
             )
             for match, dimension in clauses:

@@ -82,23 +82,14 @@ def add_shortcuts(
     book: FlowBook,
     policies: Sequence[Policy],
     lanes: Sequence[Lane],
-    ports: Iterable[Port],
     untaught: frozenset[str] = frozenset(),
 ) -> None:
-    """``policies`` as `find_shortcuts` found them, ``ports`` those of VMs in scope.
-
-    ``untaught`` are names of policies whose connections learn no shortcut for now.
-    """
+    """``policies`` as `find_shortcuts` found them; of ``untaught`` no connection learns one for now."""
     for lane in lanes:
         if has_third_leg(lane):
             _add_third_leg(book, lane)
     if not policies:
         return
-    for port in ports:
-        back = f"set_field:{port.ofport}->in_port,{set_register(Register.NETWORK.value, port.tag or 0)}"
-        cookie = build_cookie(CookieKind.PORT, port.ofport)
-        match = build_match(dl_src=port.mac)
-        book.add(Table.SENDER, 100, match, f"{back},{go_to(Table.ENDPOINT)}", cookie)
     deliver = go_to(Table.DELIVER)
     for table in (Table.ENDPOINT, Table.POLICY):
         # What no policy names any more; it was inspected, and must not be flooded.
@@ -121,16 +112,24 @@ def add_shortcuts(
         _add_policy(book, policy, is_taught=policy.name not in untaught)
 
 
+def add_origin(book: FlowBook, port: Port) -> None:
+    """A frame of this port's VM that the engine let go goes on as if it had just come from the port."""
+    network = set_register(Register.NETWORK.value, port.tag or 0)
+    back = f"set_field:{port.ofport}->in_port,{network},{go_to(Table.ENDPOINT)}"
+    cookie = build_cookie(CookieKind.PORT, port.ofport)
+    book.add(Table.ORIGIN, 100, build_match(dl_src=port.mac), back, cookie)
+
+
 def _add_third_leg(book: FlowBook, lane: Lane) -> None:
     ofport = lane.leg_c.ofport if lane.leg_c is not None else 0
     cookie = build_cookie(CookieKind.LANE, lane.number)
     book.add(Table.CLASSIFY, 300, build_match(in_port=ofport), go_to(Table.LET_GO), cookie)
     code = f"move:OXM_OF_VLAN_PCP[]->NXM_NX_{LET_GO.upper()}[0..2]"
-    noted = f"{code},set_field:{IS_LET_GO}->{LET_GO},pop_vlan,{go_to(Table.SENDER)}"
+    noted = f"{code},set_field:{IS_LET_GO}->{LET_GO},pop_vlan,{go_to(Table.ORIGIN)}"
     book.add(Table.LET_GO, 100, build_match(in_port=ofport, dl_vlan=lane.vlan), noted, cookie)
     book.add(Table.LET_GO, 0, "", "drop", BASE)
     # Of a VM that left all policies, or its port, while the frame was in the lane.
-    book.add(Table.SENDER, 0, "", go_to(Table.DELIVER), BASE)
+    book.add(Table.ORIGIN, 0, "", go_to(Table.DELIVER), BASE)
 
 
 def _add_policy(book: FlowBook, policy: Policy, *, is_taught: bool) -> None:

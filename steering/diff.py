@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from steering.flows import Flow, Present, PresentFlow, Program
+from steering.flows import Flow, FlowKey, Group, Present, PresentFlow, Program, sort_flows
 from steering.pipeline import DELIVER_GROUP
 
 Kind = Literal["add", "modify", "delete"]
@@ -60,30 +61,59 @@ def build_bundle(wanted: Program, present: Present) -> Bundle:
 
     Groups first (flows point to them), what others watch before what watches it; groups that go, last.
     """
-    changes: list[Change] = []
-    have_groups = {group.group_id: group for group in present.groups}
-    want_groups = {group.group_id: group for group in wanted.groups}
-    for group in sorted(wanted.groups, key=lambda group: group.group_id != DELIVER_GROUP):
-        old = have_groups.get(group.group_id)
-        if old is None:
-            changes.append(Change("add", str(group), f"group add {group}"))
-        elif old != group:
-            changes.append(Change("modify", str(group), f"group mod {group}"))
     have = {flow.key: flow for flow in present.flows}
-    want = {flow.key: flow for flow in wanted.flows}
-    for key, flow in want.items():
-        old_flow = have.get(key)
-        if old_flow is None:
-            changes.append(Change("add", str(flow), _flow_command("add", flow)))
-        elif (old_flow.actions, old_flow.cookie) != (flow.actions, flow.cookie):
-            changes.append(Change("modify", str(flow), _flow_command("add", flow)))
-    for key, old_flow in have.items():
-        if key not in want:
-            changes.append(Change("delete", str(old_flow), _delete_flow_command(old_flow)))
-    for gone in sorted(have_groups.keys() - want_groups.keys(), key=lambda g: g == DELIVER_GROUP):
-        text = str(have_groups[gone])
-        changes.append(Change("delete", text, f"group delete group_id={gone}"))
+    want = (flow for piece in wanted.pieces for flow in piece.flows)
+    return _build(want, have, wanted.groups, present.groups)
+
+
+def build_change(wanted: Program, standing: Program) -> Bundle:
+    """`build_bundle` where the switch has ``standing`` to the letter; looks at other pieces only."""
+    before, after = set(standing.pieces), set(wanted.pieces)
+    gone = (flow for piece in before - after for flow in piece.flows)
+    have = {flow.key: PresentFlow(flow.key, flow.actions, flow.cookie) for flow in gone}
+    want = (flow for piece in after - before for flow in piece.flows)
+    return _build(want, have, wanted.groups, standing.groups)
+
+
+def _build(
+    want: Iterable[Flow],
+    have: Mapping[FlowKey, PresentFlow],
+    want_groups: tuple[Group, ...],
+    have_groups: tuple[Group, ...],
+) -> Bundle:
+    changes: list[Change] = []
+    if want_groups is not have_groups:
+        changes += _build_group_changes(want_groups, have_groups)
+    left = dict(have)
+    other: dict[Flow, Kind] = {}
+    for flow in want:
+        old = left.pop(flow.key, None)
+        if old is None:
+            other[flow] = "add"
+        elif (old.actions, old.cookie) != (flow.actions, flow.cookie):
+            other[flow] = "modify"
+    for flow in sort_flows(other):
+        changes.append(Change(other[flow], str(flow), _flow_command("add", flow)))
+    for old in left.values():
+        changes.append(Change("delete", str(old), _delete_flow_command(old)))
+    wanted_ids = {group.group_id for group in want_groups}
+    gone = [group for group in have_groups if group.group_id not in wanted_ids]
+    for group in sorted(gone, key=lambda group: group.group_id == DELIVER_GROUP):
+        text = f"group delete group_id={group.group_id}"
+        changes.append(Change("delete", str(group), text))
     return Bundle(tuple(changes))
+
+
+def _build_group_changes(
+    want_groups: tuple[Group, ...], have_groups: tuple[Group, ...]
+) -> Iterable[Change]:
+    have = {group.group_id: group for group in have_groups}
+    for group in sorted(want_groups, key=lambda group: group.group_id != DELIVER_GROUP):
+        old = have.get(group.group_id)
+        if old is None:
+            yield Change("add", str(group), f"group add {group}")
+        elif old != group:
+            yield Change("modify", str(group), f"group mod {group}")
 
 
 def build_present(program: Program) -> Present:

@@ -36,7 +36,7 @@ from steering.services import PORTED
 # The tables up to the point where ways part, by their names in the pipeline.
 TO_DIRECT = ("CLASSIFY", "GUARD", "DIRECT")
 TO_ENDPOINT = ("CLASSIFY", "GUARD", "LEARN", "ENDPOINT")
-TO_POLICY = (*TO_ENDPOINT, "CONNECTION", "POLICY")
+TO_POLICY = (*TO_ENDPOINT, "CONNECTION", "SENDER", "RECEIVER", "POLICY")
 
 
 class Verdict(StrEnum):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from steering.model import Family, Protocol
 from steering.pipeline import Table
@@ -21,6 +23,8 @@ FIELD_ORDER = (
     "reg0",
     "reg1",
     "reg2",
+    "reg4",
+    "reg5",
     "reg6",
     "reg7",
     "reg8",
@@ -90,9 +94,11 @@ def build_match(protocol: str = "", **fields: str | int) -> str:
     return ",".join(text for _, text in sorted(parts))
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class FlowKey:
-    """What makes a flow that flow; two flows with one key can't both be in the switch."""
+class FlowKey(NamedTuple):
+    """What makes a flow that flow; two flows with one key can't both be in the switch.
+
+    A tuple, since thousands are looked up at a time.
+    """
 
     table: int
     priority: int
@@ -151,12 +157,55 @@ class PresentFlow:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """All flows and groups that Hairpin wants in the switch, or has in it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Flows that were compiled together, sorted. The same object stands for the same flows.
 
-    flows: tuple[Flow, ...] = ()
-    groups: tuple[Group, ...] = ()
+    So whether a piece is another one than before is known without looking into it; two objects may
+    have the same flows, too.
+    """
+
+    flows: tuple[Flow, ...]
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Program:
+    """All flows and groups that Hairpin wants in the switch, or has in it; no flow stands in two pieces."""
+
+    pieces: tuple[Piece, ...]
+    groups: tuple[Group, ...]
+
+    def __init__(
+        self,
+        flows: Iterable[Flow] = (),
+        groups: tuple[Group, ...] = (),
+        *,
+        pieces: tuple[Piece, ...] | None = None,
+    ) -> None:
+        """Of ``pieces``, or of ``flows`` as one piece."""
+        one = tuple(flows)
+        made = ((Piece(one),) if one else ()) if pieces is None else pieces
+        object.__setattr__(self, "pieces", made)
+        object.__setattr__(self, "groups", groups)
+
+    @cached_property
+    def flows(self) -> tuple[Flow, ...]:
+        """By table, falling priority and match."""
+        return tuple(sort_flows(flow for piece in self.pieces for flow in piece.flows))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Program):
+            return NotImplemented
+        if self.groups != other.groups:
+            return False
+        return set(self.pieces) == set(other.pieces) or self.flows == other.flows
+
+    def __hash__(self) -> int:
+        return hash((self.groups, len(self.flows)))
+
+
+def sort_flows(flows: Iterable[Flow]) -> list[Flow]:
+    return sorted(flows, key=lambda flow: (flow.key.table, -flow.priority, flow.match))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +263,8 @@ class FlowBook:
         shared = cookie if first is None or first.cookie == cookie else min(first.cookie, cookie)
         self._flows[key] = Flow(table, priority, match, ",".join(clauses), shared)
 
-    def flows(self) -> Iterable[Flow]:
-        ordered = sorted(
-            self._flows.items(), key=lambda one: (one[0].table, -one[0].priority, one[0].match)
-        )
-        return [flow for _, flow in ordered]
+    def flows(self) -> list[Flow]:
+        return sort_flows(self._flows.values())
 
 
 def _clause_rank(clause: str) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class Table(Enum):
         5,
         "A frame from a third leg, whose connection the engine lets go: its lane's VLAN comes off.",
     )
-    SENDER = TableSpec(6, "Which VM's port it came from, before it was in the lane.")
+    ORIGIN = TableSpec(6, "Which VM's port it came from, before it was in the lane.")
     GUARD = TableSpec(10, "Is the sender who it says it is: MAC, ARP, ND, no VLAN tag of its own.")
     LEARN = TableSpec(15, "Which address does the packet claim, or use, for the sender's port.")
     ENDPOINT = TableSpec(20, "Which VM is it for; what is for no VM in scope goes direct.")
@@ -42,6 +42,8 @@ class Table(Enum):
     CONNECTION = TableSpec(
         30, "Who opened the connection that it belongs to (conntrack); what is not IP is dropped."
     )
+    SENDER = TableSpec(32, "Which class of VMs (those in the same zones) the sender is of.")
+    RECEIVER = TableSpec(34, "Which class of VMs the one that it is for is of.")
     POLICY = TableSpec(40, "Which policy names it: one conjunction per policy and direction.")
     COMMIT = TableSpec(45, "Remember who opened a connection that has no SYN to tell (UDP, ICMP).")
     STEER = TableSpec(50, "Which group: lane, leg and failure mode; or direct.")
@@ -75,6 +77,8 @@ class Register(Enum):
     NETWORK = "reg0"  # access VLAN of the sender's port in the bridge, 0 for none
     DIRECTION = "reg1"  # bits of Direction
     STEER = "reg2"  # steer key (see build_steer_key), 0: direct
+    SENDER_CLASS = "reg4"  # the sender's class of VMs (steering.classes), 0: in no zone that counts
+    RECEIVER_CLASS = "reg5"  # likewise of the VM that the packet is for
     DESTINATION = "reg6"  # ofport of the VM that the packet is for
     # Policy whose shortcut the packet takes (SHORTCUT_TAKEN and the policy's number), or may come to
     # take (the number alone); 0: none.

@@ -32,6 +32,7 @@ from steering.ledger import (
     judge_return,
 )
 from steering.model import Lane, Machine, PolicySet
+from steering.rush import Rush
 from steering.sampling import Chosen, Sample, choose_witnesses
 from steering.switch.foreign import read_foreign
 from steering.switch.trace import ControlSocket, PortMap
@@ -51,7 +52,7 @@ class Prover:
     """Asks one bridge's switch; remembers of the last run only what tells what has changed since.
 
     ``vswitchd`` is ovs-vswitchd's control socket, ``openflow`` as for ovs-ofctl, ``pause`` in seconds,
-    after every ten traces. One run at a time.
+    after every ten traces. One run at a time; while ``rush`` is claimed, it rests.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Prover:
         *,
         clock: Callable[[], float] = time.time,
         pause: float = PAUSE,
+        rush: Rush | None = None,
     ) -> None:
         self._vswitchd = vswitchd
         self._openflow = openflow
         self._clock = clock
         self._pause = pause
+        self._rush = rush or Rush()
         self._known: Mapping[tuple[str, str], int] = {}
         self._lock = asyncio.Lock()
 
@@ -89,7 +92,13 @@ class Prover:
         async with self._lock:
             stop = threading.Event()
             work = _Work(
-                self._vswitchd, self._openflow, tuple(lanes), forwarding, stop, self._pause
+                self._vswitchd,
+                self._openflow,
+                tuple(lanes),
+                forwarding,
+                stop,
+                self._pause,
+                self._rush,
             )
 
             def prove() -> tuple[Ledger, Sample]:
@@ -143,7 +152,9 @@ class _Work:
         forwarding: Mapping[str, bool],
         stop: threading.Event,
         pause: float,
+        rush: Rush,
     ) -> None:
+        self._rush = rush
         self._openflow = openflow
         self._lanes = lanes
         self._forwarding = forwarding
@@ -208,6 +219,7 @@ class _Work:
     def _trace(self, request: TraceRequest) -> Seen:
         if self._traced % BATCH == BATCH - 1:
             self._stop.wait(self._pause)
+        self._rush.wait_free()
         self._traced += 1
         return self._socket.trace(request, self._ports)
 

@@ -8,10 +8,10 @@ is not reached here is not reached in the switch either.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-from steering.flows import KEYWORDS, Flow, Program
+from steering.flows import KEYWORDS, Flow, FlowKey, Program
 from steering.model import Protocol
 from steering.pipeline import Table
 
@@ -30,11 +30,102 @@ class Reached:
     groups: frozenset[int]
 
 
+# One of these, matched whole, rules out nearly every flow of a port.
+_TELLING = ("in_port", "reg6", "dl_dst", "dl_src")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    actions: str
+    fields: Fields
+
+
+@dataclass(slots=True)
+class _Level:
+    """The flows of one table and priority: by a telling field and its value, and the rest.
+
+    ``unsure``: by telling field those that lead on; while the field is not known, the others lead nowhere.
+    """
+
+    rest: dict[FlowKey, _Entry] = field(default_factory=dict)
+    bound: dict[tuple[str, str], dict[FlowKey, _Entry]] = field(default_factory=dict)
+    unsure: dict[str, dict[FlowKey, _Entry]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.rest or self.bound)
+
+    def find(self, frame: Fields) -> Iterator[_Entry]:
+        yield from self.rest.values()
+        for name, unsure in self.unsure.items():
+            found = self.bound.get((name, frame[name]), {}) if name in frame else unsure
+            yield from found.values()
+
+
+class FlowIndex:
+    """Flows by what may meet them. Kept from one program to the next, so a change costs what it changes."""
+
+    def __init__(self, flows: Iterable[Flow] = ()) -> None:
+        self._tables: dict[int, dict[int, _Level]] = {}
+        for flow in flows:
+            self.add(flow)
+
+    def add(self, flow: Flow) -> None:
+        levels = self._tables.setdefault(flow.key.table, {})
+        level = levels.setdefault(flow.priority, _Level())
+        entry = _Entry(flow.actions, _read_match(flow.match))
+        telling = _find_telling(entry.fields)
+        if telling is None:
+            level.rest[flow.key] = entry
+            return
+        level.bound.setdefault(telling, {})[flow.key] = entry
+        unsure = level.unsure.setdefault(telling[0], {})
+        if _STEP.search(flow.actions):
+            unsure[flow.key] = entry
+
+    def remove(self, flow: Flow) -> None:
+        level = self._tables[flow.key.table][flow.priority]
+        telling = _find_telling(_read_match(flow.match))
+        if telling is None:
+            del level.rest[flow.key]
+        else:
+            del level.bound[telling][flow.key]
+            if not level.bound[telling]:
+                del level.bound[telling]
+            level.unsure[telling[0]].pop(flow.key, None)
+        if not level:
+            del self._tables[flow.key.table][flow.priority]
+
+    def find_possible(self, table: int, frame: Fields) -> Iterator[tuple[str, Fields]]:
+        """Actions of each flow that such a frame may meet, and what is known of it then."""
+        levels = self._tables.get(table, {})
+        for priority in sorted(levels, reverse=True):
+            certain = False
+            for entry in levels[priority].find(frame):
+                met = _compare(entry.fields, frame)
+                if met is not False:
+                    lasting = {n: entry.fields[n] for n in _LASTING if n in entry.fields}
+                    yield entry.actions, {**frame, **lasting}
+                certain = certain or met is True
+            if certain:
+                return
+
+
+def _find_telling(fields: Fields) -> tuple[str, str] | None:
+    """The telling field of a match, with its value as frames have it."""
+    for name in _TELLING:
+        value = fields.get(name)
+        if value is not None and "/" not in value:
+            return name, value if ":" in value else str(int(value, 0))
+    return None
+
+
 def find_reached(program: Program, known: Fields) -> Reached:
     """From CLASSIFY on. ``known``: fields as a match has them, e.g. ``{"in_port": "7"}``."""
-    flows: dict[int, list[Flow]] = {}
-    for flow in program.flows:  # sorted by table and falling priority
-        flows.setdefault(flow.table.number, []).append(flow)
+    return find_reached_in(FlowIndex(program.flows), known)
+
+
+def find_reached_in(index: FlowIndex, known: Fields) -> Reached:
+    """`find_reached` of the flows of an index."""
     seen: set[tuple[int, frozenset[tuple[str, str]]]] = set()
     groups: set[int] = set()
     left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, dict(known))]
@@ -44,7 +135,7 @@ def find_reached(program: Program, known: Fields) -> Reached:
         if state in seen:
             continue
         seen.add(state)
-        for actions, after in _find_possible(flows.get(number, ()), frame):
+        for actions, after in index.find_possible(number, frame):
             for step in _STEP.finditer(actions):
                 table, tracked, value, register, group = step.groups()
                 if register is not None:
@@ -55,18 +146,6 @@ def find_reached(program: Program, known: Fields) -> Reached:
                     left.append((int(table or tracked), after))
     numbers = {number for number, _ in seen}
     return Reached(frozenset(t for t in Table if t.number in numbers), frozenset(groups))
-
-
-def _find_possible(flows: Sequence[Flow], frame: Fields) -> Iterator[tuple[str, Fields]]:
-    """Actions of each flow that such a frame may meet, and what is known of it then."""
-    for flow in flows:
-        fields = _read_match(flow.match)
-        met = _compare(fields, frame)
-        if met is not False:
-            lasting = {name: fields[name] for name in _LASTING if name in fields}
-            yield flow.actions, {**frame, **lasting}
-        if met:
-            return
 
 
 def _compare(fields: Fields, frame: Fields) -> bool | None:

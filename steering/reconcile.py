@@ -6,19 +6,20 @@ The only user of `steering.switch`; the rest of the product asks the `Reconciler
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
 
-from steering.check import check_program
+from steering.check import Checker
 from steering.compile import compile_program, find_steerable_ports
 from steering.compile_quarantine import find_quarantine_flows
 from steering.contests import Claims, record_claim
 from steering.counters import Counters, build_counters, find_tallies
 from steering.decide import check_against_switch, resolve_machines
-from steering.diff import Bundle, build_bundle, build_present
+from steering.diff import Bundle, build_bundle, build_change
 from steering.errors import SwitchError, WrongInput
 from steering.events import (
     AddressContested,
@@ -29,9 +30,10 @@ from steering.events import (
     SteeringEvent,
     SwitchChanged,
 )
-from steering.flows import Program
+from steering.flows import PresentFlow, Program
 from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
+from steering.rush import GaveWay, Rush
 from steering.shortcut import (
     HOLD_SECONDS,
     Hold,
@@ -114,6 +116,10 @@ class Reconciler:
         self._clock = clock
         self._policies = PolicySet()
         self._settled: Program | None = None
+        self._standing: Program | None = None
+        self._verified: tuple[Program, tuple[PresentFlow, ...]] | None = None
+        self._checker = Checker()
+        self.rush = Rush()
         self._ghosts: tuple[Ghost, ...] = ()
         self._has_remembered = False
         self._hold = Hold()
@@ -234,6 +240,7 @@ class Reconciler:
 
     async def read_counters(self) -> Counters:
         """Packets and bytes per policy, lane and drop reason. Raises SwitchError."""
+        await self.rush.wait_free_async()
         flows, groups = await asyncio.gather(
             self._switch.read_flow_counters(), self._switch.read_group_counters()
         )
@@ -271,48 +278,63 @@ class Reconciler:
         async with self._lock:
             return await self._plan(replace(policies, quarantined=self._policies.quarantined))
 
-    async def check(self, policies: PolicySet) -> None:
-        """Raises as `plan` does for what the switch can't do; compiles and asks nothing."""
-        self._find_observed(policies)
-
-    async def apply(self, policies: PolicySet) -> Applied:
+    async def apply(
+        self, policies: PolicySet, record: Callable[[], Awaitable[None]] | None = None
+    ) -> Applied:
         """Put ``policies`` in force: one bundle, then read back until equal.
 
-        Raises WrongInput or SwitchError; then what was in force before still is.
+        ``record`` is awaited before anything is sent, once it is known that the switch can do it.
+
+        Raises WrongInput, SwitchError, or what ``record`` does; then what was in force before still is.
         """
         began = time.monotonic()
-        async with self._lock:
-            self._hold_shortcuts(find_held(Return(), policies, ()))
-            # Who is in quarantine is not the policies' business, and may have changed meanwhile.
-            policies = replace(policies, quarantined=self._policies.quarantined)
-            # What was read back last is taken for what stands, so that the change is not held up by
-            # reading it all once more; whatever somebody changed meanwhile, the read-back below finds.
-            plan = await self._plan(policies, self._settled)
-            if policies.policies:
-                self._check_may_steer()
-            former = self._policies
-            # Whatever a connection was let go under is to be judged by the new policies.
-            returned = build_return(Return(), ()) if has_shortcuts(former, policies) else ()
-            try:
-                await self._switch.send_bundle(plan.bundle, returned)
-            except SwitchError:
-                plan = await self._plan(policies)
-                await self._switch.send_bundle(plan.bundle, returned)
-            left = await self._find_difference(plan.program)
-            if left:
-                await self._send(Plan(plan.program, left, plan.observed))
+        with contextlib.ExitStack() as rush:
+            rush.enter_context(self.rush.claim())
+            async with self._lock:
+                self._hold_shortcuts(find_held(Return(), policies, ()))
+                # Who is in quarantine is not the policies' business, and may have changed meanwhile.
+                policies = replace(policies, quarantined=self._policies.quarantined)
+                plan = await self._prepare(policies, record)
+                former, self._standing = self._policies, None
+                # Whatever a connection was let go under is to be judged by the new policies.
+                returned = build_return(Return(), ()) if has_shortcuts(former, policies) else ()
+                try:
+                    await self._switch.send_bundle(plan.bundle, returned)
+                except SwitchError:
+                    plan = await self._plan(policies)
+                    await self._switch.send_bundle(plan.bundle, returned)
+                rush.close()  # it is on the switch: looking at it again need not hold up others
                 left = await self._find_difference(plan.program)
-            if left:
-                await self._restore(former)
-                raise SwitchError(
-                    f"the switch reads back other than it was told in {len(left.changes)} places, "
-                    f"first: {left.changes[0].kind} {left.changes[0].text}",
-                    "what was in force before was put back; check for another controller",
-                )
-            quarantined = self._policies.quarantined
-            self._policies = replace(policies, quarantined=quarantined)
-            self._settled = plan.program
-            return Applied(plan.bundle, time.monotonic() - began)
+                if left:
+                    await self._send(Plan(plan.program, left, plan.observed))
+                    left = await self._find_difference(plan.program)
+                if left:
+                    await self._restore(former)
+                    raise SwitchError(
+                        f"the switch reads back other than it was told in {len(left.changes)} places, "
+                        f"first: {left.changes[0].kind} {left.changes[0].text}",
+                        "what was in force before was put back; check for another controller",
+                    )
+                quarantined = self._policies.quarantined
+                self._policies = replace(policies, quarantined=quarantined)
+                self._settled = self._standing = plan.program
+                return Applied(plan.bundle, time.monotonic() - began)
+
+    async def _prepare(
+        self, policies: PolicySet, record: Callable[[], Awaitable[None]] | None
+    ) -> Plan:
+        """The plan for `apply`; it is recorded while it is made."""
+        self._find_observed(policies)
+        if policies.policies:
+            self._check_may_steer()
+        recording = None if record is None else asyncio.ensure_future(record())
+        try:
+            # What was read back last is taken for what stands, so that the change is not held up by
+            # reading it all once more; whatever somebody changed meanwhile, the read-back finds.
+            return await self._plan(policies, self._standing)
+        finally:
+            if recording is not None:
+                await recording
 
     async def shut_off(self, quarantined: frozenset[str]) -> float:
         """Let nothing pass from or to these VMs, and to others again; seconds until the switch had it.
@@ -327,8 +349,8 @@ class Reconciler:
         wanted, present = (
             find_quarantine_flows(machines, one) for one in (quarantined, former.quarantined)
         )
-        bundle = build_bundle(Program(wanted, ()), build_present(Program(present, ())))
-        if bundle:
+        bundle = build_change(Program(wanted), Program(present))
+        with self.rush.claim():
             await self._switch.send_bundle(bundle)
         return time.monotonic() - began
 
@@ -386,7 +408,7 @@ class Reconciler:
         program = self._compile(policies, observed)
         if standing is None:
             return Plan(program, await self._find_difference(program), observed)
-        return Plan(program, build_bundle(program, build_present(standing)), observed)
+        return Plan(program, build_change(program, standing), observed)
 
     def _find_observed(self, policies: PolicySet) -> Observed:
         if self._view is None or not self._view.bridge_found:
@@ -410,7 +432,7 @@ class Reconciler:
             observed.ghosts,
             self._hold.find_untaught(time.monotonic()),
         )
-        violated = check_program(program, observed.lanes, observed.canary)
+        violated = self._checker.check(program, observed.lanes, observed.canary)
         if violated:
             raise SwitchError(
                 f"the compiled flows break an invariant, nothing was sent: {'; '.join(violated[:5])}",
@@ -430,7 +452,18 @@ class Reconciler:
         return self.observed
 
     async def _find_difference(self, program: Program) -> Bundle:
-        return build_bundle(program, await self._switch.read_present())
+        present = await self._switch.read_present()
+        known = self._verified
+        if (
+            known is not None
+            and known[1] is present.flows
+            and known[0] == program
+            and frozenset(present.groups) == frozenset(program.groups)
+        ):
+            return Bundle()
+        bundle = build_bundle(program, present)
+        self._verified = None if bundle else (program, present.flows)
+        return bundle
 
     async def _send(self, plan: Plan) -> None:
         await self._switch.send_bundle(plan.bundle)
@@ -515,6 +548,10 @@ class Reconciler:
                     full_check_due = time.monotonic() + FULL_CHECK_SECONDS
                 if not self._is_view_stale:
                     self._regain()
+            except GaveWay:
+                await self.rush.wait_free_async()
+                full_check_due = 0.0
+                self._wake.set()
             except SwitchError as fault:
                 log.warning("not reconciled", reason=fault.reason, mend=fault.mend)
                 self._lose(fault.reason)
@@ -540,18 +577,18 @@ class Reconciler:
         began = time.monotonic()
         observed = self.observed
         if not full and self._settled is not None:
-            present = await self._switch.read_groups()
+            present = await self.rush.give_way(self._switch.read_groups)
             if present == frozenset(self._settled.groups):
                 return
         observed = await self._remember(observed)
         program = self._compile(self._policies, observed)
+        bundle = await self.rush.give_way(lambda: self._find_difference(program))
         moved = self._find_moved_ports(observed)
         for ofport in moved:
             await self._switch.forget_addresses(ofport)
         if moved:
             await self._switch.send_lines(build_port_return(moved))
-        bundle = await self._find_difference(program)
-        drift = program == self._settled
+        self._standing = None
         if bundle:
             await self._switch.send_bundle(bundle)
             left = await self._find_difference(program)
@@ -562,6 +599,7 @@ class Reconciler:
                     "it is tried again; check for another controller",
                 )
         before, self._settled = self._settled, program
+        self._standing, drift = program, program == before
         self._tell(observed, bundle, time.monotonic() - began, drift=drift and before is not None)
 
     def _find_moved_ports(self, observed: Observed) -> tuple[int, ...]:

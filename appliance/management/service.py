@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import structlog
@@ -74,14 +76,14 @@ NOTE_SECONDS = 5.0
 """For which a change waits for the store to note that it is in force."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InForce:
     """The policies in force. ``number`` 0: none were ever applied."""
 
     number: int
     policies: PolicySet
 
-    @property
+    @cached_property
     def etag(self) -> str:
         text = json.dumps(render_documents(self.policies), sort_keys=True)
         return f"r{self.number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -219,41 +221,59 @@ class Management:
 
     async def put_policies(self, text: str, if_match: IfMatch, *, dry_run: bool) -> doc.PlanReport:
         began = time.monotonic()
-        async with self._change:
-            check_match(if_match, self._in_force.etag)
-            policies = await asyncio.to_thread(parse_documents, text)
-            policies = replace(policies, quarantined=self.quarantine.vm_ids)
-            before = self._in_force.policies
-            now_in_force = self._in_force
-            if dry_run:
-                bundle = (await self._reconciler.plan(policies)).bundle
-            else:
-                await self._reconciler.check(policies)
-                documents = render_documents(policies)
-                at = time.time()
+        with contextlib.ExitStack() as rush:
+            if not dry_run:
+                rush.enter_context(self._reconciler.rush.claim())
+            async with self._change:
+                return await self._put_policies(text, if_match, began, rush, dry_run=dry_run)
+
+    async def _put_policies(
+        self,
+        text: str,
+        if_match: IfMatch,
+        began: float,
+        rush: contextlib.ExitStack,
+        *,
+        dry_run: bool,
+    ) -> doc.PlanReport:
+        check_match(if_match, self._in_force.etag)
+        policies = await asyncio.to_thread(parse_documents, text)
+        policies = replace(policies, quarantined=self.quarantine.vm_ids)
+        before = self._in_force.policies
+        now_in_force = self._in_force
+        if dry_run:
+            bundle = (await self._reconciler.plan(policies)).bundle
+        else:
+            number = 0
+
+            async def record() -> None:
+                nonlocal number
+                rush.close()  # from here on the reconciler has its own claim
+                at, documents = time.time(), render_documents(policies)
                 number = await self._store.write(
                     lambda db: record_revision(db, at, "api", documents)
                 )
-                applied = await self._reconciler.apply(policies)
-                bundle, done = applied.bundle, time.time()
-                report = {"seconds": applied.seconds, "changes": len(bundle.changes)}
-                self._in_force = now_in_force = InForce(number, policies)
-                self._note_snapshot()
-                self.prove("policies applied")
-                text = (
-                    f"revision {number} is on the switch: {len(bundle.changes)} changes in "
-                    f"{applied.seconds:.3f} s"
-                )
-                noting = asyncio.create_task(self._note_applied(number, done, report, text))
-                self._notings = {noting, *(one for one in self._notings if not one.done())}
-                # What is on the switch is in force, whatever the store says.
-                await asyncio.wait({noting}, timeout=NOTE_SECONDS)
-            pairs = await asyncio.to_thread(
-                lambda: render.build_pair_changes(
-                    build_coverage(before, self._reconciler.machines(before)),
-                    build_coverage(policies, self._reconciler.machines(policies)),
-                )
+
+            applied = await self._reconciler.apply(policies, record)
+            bundle, done = applied.bundle, time.time()
+            report = {"seconds": applied.seconds, "changes": len(bundle.changes)}
+            self._in_force = now_in_force = InForce(number, policies)
+            self._note_snapshot()
+            self.prove("policies applied")
+            text = (
+                f"revision {number} is on the switch: {len(bundle.changes)} changes in "
+                f"{applied.seconds:.3f} s"
             )
+            noting = asyncio.create_task(self._note_applied(number, done, report, text))
+            self._notings = {noting, *(one for one in self._notings if not one.done())}
+            # What is on the switch is in force, whatever the store says.
+            await asyncio.wait({noting}, timeout=NOTE_SECONDS)
+        pairs = await asyncio.to_thread(
+            lambda: render.build_pair_changes(
+                build_coverage(before, self._reconciler.machines(before)),
+                build_coverage(policies, self._reconciler.machines(policies)),
+            )
+        )
         return doc.PlanReport(
             revision=now_in_force.number,
             etag=now_in_force.etag,

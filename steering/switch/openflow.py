@@ -66,6 +66,8 @@ class LearnedAddress:
     idle: float = 0.0
 
 
+LINES_AT_A_TIME = 300  # of a dump, until the event loop has its turn: about 1 ms
+
 _AGES = re.compile(r"(?:duration|idle_age|hard_age)=[^,]*, ")
 _COUNTS = re.compile(r"n_packets=(\d+), n_bytes=(\d+), ")
 
@@ -79,20 +81,57 @@ class FlowParser:
 
     def __init__(self) -> None:
         self._known: dict[str, PresentFlow] = {}
+        self._dump: tuple[str, tuple[PresentFlow, ...]] = ("", ())
 
     def parse(self, lines: Iterable[str]) -> tuple[FlowCounter, ...]:
         """The lines of one dump, with or without statistics. Raises SwitchError for what is no flow."""
         known: dict[str, PresentFlow] = {}
+        found = tuple(self._parse_line(line, known) for line in lines)
+        self._known = known
+        return found
+
+    async def parse_slowly(self, lines: Iterable[str]) -> tuple[FlowCounter, ...]:
+        """As `parse`; the event loop has its turn now and then."""
+        known: dict[str, PresentFlow] = {}
         found: list[FlowCounter] = []
-        for line in lines:
-            counted = _COUNTS.search(line)
-            packets, size = map(int, counted.groups()) if counted else (0, 0)
-            text = _AGES.sub("", _COUNTS.sub("", line, count=1))
-            flow = self._known.get(text) or known.get(text) or parse_flow_counter(text).flow
-            known[text] = flow
-            found.append(FlowCounter(flow, packets, size))
+        for number, line in enumerate(lines, 1):
+            found.append(self._parse_line(line, known))
+            if number % LINES_AT_A_TIME == 0:
+                await asyncio.sleep(0)
         self._known = known
         return tuple(found)
+
+    async def read(self, dump: str) -> tuple[PresentFlow, ...]:
+        """The flows of a dump without statistics: the same tuple, if it is the last one's text."""
+        before, flows = self._dump
+        if dump != before:
+            counters = await self.parse_slowly(find_flow_lines(dump))
+            flows = tuple(one.flow for one in counters if is_compiled(one.flow))
+            self._dump = dump, flows
+        return flows
+
+    def _parse_line(self, line: str, known: dict[str, PresentFlow]) -> FlowCounter:
+        packets, size, text = 0, 0, line
+        counted = _COUNTS.search(line) if "n_packets=" in line else None
+        if counted:
+            packets, size = map(int, counted.groups())
+            text = _AGES.sub("", _COUNTS.sub("", line, count=1))
+        flow = self._known.get(text) or known.get(text) or parse_flow_counter(text).flow
+        known[text] = flow
+        return FlowCounter(flow, packets, size)
+
+
+def find_flow_lines(dump: str) -> Iterator[str]:
+    return (line for line in dump.splitlines() if " actions=" in line)
+
+
+def is_compiled(flow: PresentFlow) -> bool:
+    """Neither learned nor shunned: those come and go by themselves."""
+    return (
+        flow.key.table not in LEARNED_TABLES
+        and not is_shun(flow.cookie)
+        and not is_learned_shortcut(flow.key.table, flow.cookie)
+    )
 
 
 def parse_flow_counter(line: str) -> FlowCounter:
@@ -209,25 +248,14 @@ class OpenFlowSwitch:
         return done.stdout
 
     async def _flow_lines(self, *argv: str) -> Iterator[str]:
-        text = await self._ofctl("dump-flows", *argv)
-        return (line for line in text.splitlines() if " actions=" in line)
+        return find_flow_lines(await self._ofctl("dump-flows", *argv))
 
     async def read_present(self) -> Present:
-        """All flows (but those learned, and shunned ones) and groups of ours. Raises SwitchError."""
-        lines, groups = await asyncio.gather(
-            self._flow_lines("--no-stats", self.target, OURS), self.read_groups()
+        """All flows (but learned addresses and shunned flows) and groups of ours. Raises SwitchError."""
+        dump, groups = await asyncio.gather(
+            self._ofctl("dump-flows", "--no-stats", self.target, OURS), self.read_groups()
         )
-        flows = [counter.flow for counter in self._parser.parse(lines)]
-        return Present(
-            tuple(
-                flow
-                for flow in flows
-                if flow.key.table not in LEARNED_TABLES
-                and not is_shun(flow.cookie)
-                and not is_learned_shortcut(flow.key.table, flow.cookie)
-            ),
-            tuple(groups),
-        )
+        return Present(await self._parser.read(dump), tuple(groups))
 
     async def read_groups(self) -> frozenset[Group]:
         """All groups of ours. Raises SwitchError."""
@@ -236,7 +264,7 @@ class OpenFlowSwitch:
         return frozenset(g for g in groups if g is not None and is_ours(g.group_id))
 
     async def read_flow_counters(self) -> tuple[FlowCounter, ...]:
-        return self._parser.parse(await self._flow_lines(self.target, OURS))
+        return await self._parser.parse_slowly(await self._flow_lines(self.target, OURS))
 
     async def read_group_counters(self) -> tuple[GroupCounter, ...]:
         text = await self._ofctl("dump-group-stats", self.target)

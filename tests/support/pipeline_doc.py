@@ -30,6 +30,7 @@ from tests.support.worlds import CANARY, LANES, ZONES, build_port
 
 APART = (CookieKind.CANARY, CookieKind.GHOST)  # what the page shows by itself, not in each table
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "pipeline.md"
+ALL_PORTS = (Table.SENDER, Table.RECEIVER, Table.POLICY, Table.DELIVER)
 _BLOCK = re.compile(
     r"<!-- (tables|groups|kind: [A-Z]+|flows: [A-Z ]+)[^>]*-->\n.*?<!-- end -->\n", re.DOTALL
 )
@@ -60,7 +61,7 @@ def build_example() -> Program:
 def _is_told(flow: Flow) -> bool:
     """One port is enough to show what every port has, and one family of what both have."""
     other = re.search(r"in_port=2\b|00:02\b", flow.match) is not None
-    return not ((other and flow.table not in (Table.POLICY, Table.DELIVER)) or is_of(flow, *APART))
+    return not ((other and flow.table not in ALL_PORTS) or is_of(flow, *APART))
 
 
 def is_of(flow: Flow, *kinds: CookieKind) -> bool:

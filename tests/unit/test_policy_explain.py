@@ -48,7 +48,17 @@ def test_an_inspected_connection_goes_round_by_its_lane() -> None:
     assert said.reason == (
         "policy web-to-app (priority 100) says inspect (prevent, closed on failure)"
     )
-    head = ["CLASSIFY", "GUARD", "LEARN", "ENDPOINT", "CONNECTION", "POLICY", "COMMIT"]
+    head = [
+        "CLASSIFY",
+        "GUARD",
+        "LEARN",
+        "ENDPOINT",
+        "CONNECTION",
+        "SENDER",
+        "RECEIVER",
+        "POLICY",
+        "COMMIT",
+    ]
     assert list_steps(said.forward) == [
         *head,
         "STEER (lane prevent, VLAN 3901)",
@@ -112,6 +122,8 @@ def test_direct_and_denied_connections() -> None:
         "LEARN",
         "ENDPOINT",
         "CONNECTION",
+        "SENDER",
+        "RECEIVER",
         "POLICY",
         "COMMIT",
         "STEER",
