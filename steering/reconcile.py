@@ -377,9 +377,13 @@ class Reconciler:
         held = find_held(wanted, self._policies, machines)
         self._hold_shortcuts(held)
         taken = await self._switch.read_shortcuts() if wanted.ids else ()
-        returned = build_return(wanted, machines, taken)
-        await self._switch.send_lines((*build_untaught(held), *returned))
-        return time.monotonic() - began
+        lines = (*build_untaught(held), *build_return(wanted, machines, taken))
+        await self._switch.send_lines(lines)
+        seconds = time.monotonic() - began
+        async with self._lock:
+            # A reconcile that was under way may have taught them again meanwhile.
+            await self._switch.send_lines(lines)
+        return seconds
 
     # The inside
 

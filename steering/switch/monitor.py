@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES
+from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES, Table
 from steering.switch.openflow import LearnedAddress, parse_learned
 
 log = structlog.get_logger("monitor")
@@ -88,4 +88,6 @@ class FlowMonitor:
                 if learned is not None:
                     await self._on_address(learned)
             return
-        self._on_change()
+        # Connections come to take shortcuts, and end, by themselves.
+        if f"table={Table.SHORTCUTS.number} " not in line:
+            self._on_change()
