@@ -34,22 +34,12 @@ from steering.flows import PresentFlow, Program
 from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
 from steering.rush import GaveWay, Rush
-from steering.shortcut import (
-    HOLD_SECONDS,
-    Hold,
-    Return,
-    Taken,
-    build_port_return,
-    build_return,
-    build_untaught,
-    find_held,
-    find_shortcut_problems,
-    has_shortcuts,
-)
+from steering.shortcut import Return, Taken, find_shortcut_problems
 from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
+from steering.switch.shortcuts import Shortcuts
 from steering.tasks import cancel_all
 from steering.widths import find_width_problems
 
@@ -122,7 +112,6 @@ class Reconciler:
         self.rush = Rush()
         self._ghosts: tuple[Ghost, ...] = ()
         self._has_remembered = False
-        self._hold = Hold()
         self._claims = Claims()
         self._view: SwitchView | None = None
         self._is_view_stale = False
@@ -130,6 +119,7 @@ class Reconciler:
         self._lost: tuple[str, float] | None = ("not connected yet", clock())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._shortcuts = Shortcuts(self._switch, self._lock, self._wake.set)
         self._first_view = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -291,13 +281,11 @@ class Reconciler:
         with contextlib.ExitStack() as rush:
             rush.enter_context(self.rush.claim())
             async with self._lock:
-                self._hold_shortcuts(find_held(Return(), policies, ()))
                 # Who is in quarantine is not the policies' business, and may have changed meanwhile.
                 policies = replace(policies, quarantined=self._policies.quarantined)
+                returned = self._shortcuts.build_change(self._policies, policies)
                 plan = await self._prepare(policies, record)
                 former, self._standing = self._policies, None
-                # Whatever a connection was let go under is to be judged by the new policies.
-                returned = build_return(Return(), ()) if has_shortcuts(former, policies) else ()
                 try:
                     await self._switch.send_bundle(plan.bundle, returned)
                 except SwitchError:
@@ -368,22 +356,11 @@ class Reconciler:
 
     async def read_shortcuts(self) -> tuple[Taken, ...]:
         """The connections that the switch passes by itself now. Raises SwitchError."""
-        return await self._switch.read_shortcuts()
+        return await self._shortcuts.read()
 
     async def return_shortcuts(self, wanted: Return) -> float:
         """Have these connections inspected again; seconds until the switch had it. Raises SwitchError."""
-        began = time.monotonic()
-        machines = self.machines()
-        held = find_held(wanted, self._policies, machines)
-        self._hold_shortcuts(held)
-        taken = await self._switch.read_shortcuts() if wanted.ids else ()
-        lines = (*build_untaught(held), *build_return(wanted, machines, taken))
-        await self._switch.send_lines(lines)
-        seconds = time.monotonic() - began
-        async with self._lock:
-            # A reconcile that was under way may have taught them again meanwhile.
-            await self._switch.send_lines(lines)
-        return seconds
+        return await self._shortcuts.give_back(wanted, self._policies, self.machines())
 
     # The inside
 
@@ -395,11 +372,6 @@ class Reconciler:
                 "switch would pass traffic uninspected",
                 f"`ovs-vsctl set-fail-mode {self._bridge} secure`",
             )
-
-    def _hold_shortcuts(self, policies: frozenset[str]) -> None:
-        if policies:
-            self._hold = self._hold.extend(policies, time.monotonic())
-            asyncio.get_running_loop().call_later(HOLD_SECONDS + 0.01, self._wake.set)
 
     async def _restore(self, policies: PolicySet) -> None:
         program = self._compile(policies, self.observed)
@@ -434,7 +406,7 @@ class Reconciler:
             observed.lanes,
             observed.canary,
             observed.ghosts,
-            self._hold.find_untaught(time.monotonic()),
+            self._shortcuts.find_untaught(),
         )
         violated = self._checker.check(program, observed.lanes, observed.canary)
         if violated:
@@ -591,7 +563,7 @@ class Reconciler:
         for ofport in moved:
             await self._switch.forget_addresses(ofport)
         if moved:
-            await self._switch.send_lines(build_port_return(moved))
+            await self._shortcuts.forget_ports(moved)
         self._standing = None
         if bundle:
             await self._switch.send_bundle(bundle)
