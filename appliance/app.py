@@ -28,6 +28,7 @@ from appliance.assurance.disk import DiskWatch
 from appliance.assurance.failures import FailureWatch
 from appliance.assurance.ledger import LedgerWatch
 from appliance.assurance.revive import ReviveWatch
+from appliance.assurance.shortcuts import ShortcutWatch
 from appliance.export.exporter import Exporter
 from appliance.inspection import canary_client
 from appliance.inspection.config import build_engine_config, render_engine_config
@@ -153,6 +154,8 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
     )
     keeper.on_ports, keeper.on_change = management.note_machines, management.prove
     keeper.failures = watches.failures
+    rules.on_reload = management.shortcut.return_lane
+    await watches.shortcuts.load()
     await reconciler.start(in_force.policies)
     management.note_machines()
     # What is there now is there to stay: the collector need not look at it each time.
@@ -171,7 +174,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         "events": keeper.run(),
         "ingest": ingest.run(),
         "flow records": flows.run(),
-        "accounting": management.watch_accounting(),
+        "accounting": management.accounting.watch(),
         "rules": rules.keep(),
         "canary": watches.canary.run(),
         "failures": watches.failures.run(),
@@ -181,6 +184,10 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         "revival": revival.run(),
         "quarantine": management.quarantine.run(),
         "shun": management.shun.run(),
+        "shortcuts": watches.shortcuts.run(),
+        "shortcut returns": management.shortcut.run_returns(),
+        "shortcut alerts": management.shortcut.run_alerts(),
+        "shortcut engines": management.shortcut.run_engines(),
     }
     tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     tasks += [asyncio.create_task(one.run(), name="export") for one in exporters]
@@ -242,6 +249,13 @@ def _build_watches(
         ),
         balance=BalanceWatch(
             settings.build_lanes(), store, reconciler.read_counters, read_inspection
+        ),
+        shortcuts=ShortcutWatch(
+            store,
+            reconciler.read_shortcuts,
+            reconciler.read_shortcut_counters,
+            lambda: find_management().policies,
+            reconciler.machines,
         ),
     )
 

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 import typer
 
-from appliance.commands import lab, policy, proof, quarantine, reading, rules, service, shun
+from appliance.commands import (
+    lab,
+    policy,
+    proof,
+    quarantine,
+    reading,
+    rules,
+    service,
+    shortcut,
+    shun,
+)
 from appliance.commands.output import JSON_WANTED, OutputClosed, print_error
 from steering.errors import HairpinError
 
@@ -36,6 +46,7 @@ def build_app() -> typer.Typer:
     app.command("canary")(proof.send_canaries)
     app.add_typer(quarantine.app, name="quarantine")
     app.add_typer(shun.app, name="shun")
+    app.add_typer(shortcut.app, name="shortcut")
     app.command("explain")(reading.show_explanation)
     app.command("alerts")(reading.show_alerts)
     app.command("flows")(reading.show_flows)

@@ -41,6 +41,7 @@ from appliance.api.documents import (
 )
 from appliance.api.quarantine import QuarantineList, QuarantineOrder, QuarantineReport
 from appliance.api.routes import BASE, JSON, YAML
+from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
 from steering.errors import Conflict, FieldError, HairpinError, WrongInput
 
@@ -242,6 +243,17 @@ class Client:
     def remove_shuns(self, shun_id: str | None) -> ShunReport:
         path = "/shuns" if shun_id is None else f"/shuns/{quote(shun_id)}"
         return asyncio.run(self._ask("DELETE", path, ShunReport))[0]
+
+    def find_shortcuts(self, query: Values) -> ShortcutList:
+        return self._get("/shortcuts", ShortcutList, query)
+
+    def return_shortcuts(self, query: Values) -> ShortcutReport:
+        """Those that the query names; all where it names nothing."""
+        return asyncio.run(self._ask("DELETE", "/shortcuts", ShortcutReport, query=query))[0]
+
+    def return_shortcut(self, shortcut_id: str) -> ShortcutReport:
+        path = f"/shortcuts/{quote(shortcut_id)}"
+        return asyncio.run(self._ask("DELETE", path, ShortcutReport))[0]
 
     def find_flows(self, query: Values) -> FlowPage:
         return self._get("/flows", FlowPage, query)

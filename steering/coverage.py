@@ -21,7 +21,9 @@ from steering.model import (
     Machine,
     Policy,
     PolicySet,
+    Protocol,
     Service,
+    Shortcut,
 )
 from steering.services import EVERYTHING, build_space
 
@@ -29,7 +31,8 @@ from steering.services import EVERYTHING, build_space
 class Status(StrEnum):
     """What becomes of all that may pass between two VMs.
 
-    ``inspected``: everything that passes is inspected (the rest is denied). ``partial``: some of it.
+    ``inspected``: everything that passes is inspected (the rest is denied). ``partial``: some of it, or
+    all of it until a connection takes a shortcut.
     ``denied``: nothing passes. Else nothing is inspected: ``direct`` by policies alone, or ``blind``,
     for some of it is named by no policy.
     """
@@ -176,10 +179,18 @@ def _judge(policies: Sequence[Policy]) -> _Treatment:
 def find_status(services: Sequence[ServiceCoverage]) -> Status:
     kinds = {type(service.action) for service in services}
     if Inspect in kinds:
-        return Status.INSPECTED if kinds <= {Inspect, Deny} else Status.PARTIAL
+        whole = kinds <= {Inspect, Deny} and not any(map(find_shortcut, services))
+        return Status.INSPECTED if whole else Status.PARTIAL
     if type(None) in kinds:
         return Status.BLIND
     return Status.DIRECT if Direct in kinds else Status.DENIED
+
+
+def find_shortcut(one: ServiceCoverage) -> Shortcut | None:
+    """How connections of this part may leave inspection; only TCP ones do."""
+    if isinstance(one.action, Inspect) and one.service.protocol in (Protocol.ANY, Protocol.TCP):
+        return one.action.shortcut
+    return None
 
 
 def _describe_gap(services: Sequence[ServiceCoverage]) -> str | None:
@@ -198,7 +209,14 @@ def _describe_gap(services: Sequence[ServiceCoverage]) -> str | None:
         what_else = "any" if len(services) == 1 else "everything else"
         only = "" if len(last.families) == len(Family) else f" {last.families[0]}"
         parts.append(f"{what_else}{only}, which no policy names")
-    return f"goes direct, uninspected: {'; '.join(parts)}" if parts else None
+    gaps = [f"goes direct, uninspected: {'; '.join(parts)}"] if parts else []
+    cuts = {one.policy: cut for one in services if (cut := find_shortcut(one)) is not None}
+    gaps += [
+        f"TCP by policy {policy} leaves inspection after {cut.after}, at most {cut.max_flows} "
+        "connections at a time"
+        for policy, cut in cuts.items()
+    ]
+    return "; ".join(gaps) or None
 
 
 def _describe(one: ServiceCoverage) -> str:

@@ -358,6 +358,14 @@ class Reconciler:
         """The connections that the switch passes by itself now. Raises SwitchError."""
         return await self._shortcuts.read()
 
+    async def read_shortcut_counters(self) -> Counters:
+        """As `read_counters`, but only ``shortcut``: cheap enough for each second. Raises SwitchError."""
+        await self.rush.wait_free_async()
+        flows = await self._switch.read_take_counters()
+        read = [(item.flow.key, item.flow.cookie, item.packets, item.bytes) for item in flows]
+        policies, lanes = self._policies, self.lanes
+        return build_counters(find_tallies(read, (), policies, lanes), policies, lanes)
+
     async def return_shortcuts(self, wanted: Return) -> float:
         """Have these connections inspected again; seconds until the switch had it. Raises SwitchError."""
         return await self._shortcuts.give_back(wanted, self._policies, self.machines())

@@ -71,10 +71,14 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """Which connections are to be inspected again: all, or those that any of the three names."""
+    """Which connections are to be inspected again: all, or those that any of the four names.
+
+    ``of_policies``: of the VMs' connections only those of these policies; none given: of all policies.
+    """
 
     policies: frozenset[str] = frozenset()
     vm_ids: frozenset[str] = frozenset()
+    of_policies: frozenset[str] = frozenset()
     connections: frozenset[Connection] = frozenset()
     ids: frozenset[str] = frozenset()
 
@@ -111,11 +115,15 @@ def find_held(wanted: Return, policies: PolicySet, machines: Sequence[Machine]) 
         return frozenset(policy.name for policy in asking)
     membership = build_membership(policies.zones, machines)
     named = wanted.policies | {one.policy for one in wanted.connections}
+    concerned = wanted.of_policies or {policy.name for policy in asking}
     return frozenset(
         policy.name
         for policy in asking
         if policy.name in named
-        or wanted.vm_ids & membership.find_members((*policy.sources, *policy.destinations))
+        or (
+            policy.name in concerned
+            and wanted.vm_ids & membership.find_members((*policy.sources, *policy.destinations))
+        )
     )
 
 
@@ -143,20 +151,23 @@ def build_return(
     head = f"flow delete {_OURS},table={Table.SHORTCUTS.number}"
     if wanted.is_all:
         return (head,)
-    lines = [
-        f"flow delete cookie={build_shortcut_cookie(name):#x}/-1,table={Table.SHORTCUTS.number}"
-        for name in sorted(wanted.policies)
-    ]
+    lines = [_build_policy_head(name) for name in sorted(wanted.policies)]
+    heads = [_build_policy_head(name) for name in sorted(wanted.of_policies)] or [head]
     ports = (p for machine in machines if machine.vm_id in wanted.vm_ids for p in machine.ports)
     for port in ports:
         if port.ofport > 0:
-            lines.append(f"{head},in_port={port.ofport}")
+            lines += [f"{one},in_port={port.ofport}" for one in heads]
         if port.mac:
-            lines.append(f"{head},dl_dst={port.mac}")
+            lines += [f"{one},dl_dst={port.mac}" for one in heads]
     for one in sorted(wanted.connections, key=repr):
         lines += [f"{head},{match}" for match in _build_connection_matches(one)]
     lines += [f"{head},{one.match}" for one in taken if one.id in wanted.ids]
     return tuple(lines)
+
+
+def _build_policy_head(policy: str) -> str:
+    cookie = build_shortcut_cookie(policy)
+    return f"flow delete cookie={cookie:#x}/-1,table={Table.SHORTCUTS.number}"
 
 
 def build_port_return(ofports: Iterable[int]) -> tuple[str, ...]:

@@ -45,7 +45,10 @@ from appliance.api.queries import (
     FlowQuery,
     HistoryQuery,
     RuleQuery,
+    ShortcutFilter,
+    ShortcutQuery,
 )
+from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
 from steering.errors import Conflict, HairpinError
 
@@ -127,6 +130,16 @@ class Control(Protocol):
 
     async def remove_shuns(self, shun_id: str | None) -> ShunReport:
         """One, or (None) all. Raises NotFound."""
+        ...
+
+    async def find_shortcuts(self, query: ShortcutQuery) -> ShortcutList: ...
+
+    async def return_shortcuts(self, wanted: ShortcutFilter) -> ShortcutReport:
+        """All that the filter names. Raises NotFound for a policy or VM that there is not."""
+        ...
+
+    async def return_shortcut(self, shortcut_id: str) -> ShortcutReport:
+        """Raises NotFound."""
         ...
 
     async def read_policies(self) -> PolicyRevision: ...

@@ -20,7 +20,8 @@ from appliance.api.documents import (
     Treatment,
     VmName,
 )
-from steering.model import OnFailure, Profile
+from appliance.api.shortcuts import ShortcutAccount
+from steering.model import OnFailure, Profile, Trigger
 
 
 class CoveragePart(ApiDocument):
@@ -31,6 +32,10 @@ class CoveragePart(ApiDocument):
     policy: str | None = None
     profile: Profile | None = None
     on_failure: OnFailure | None = None
+    inspected_until: Trigger | None = Field(
+        default=None,
+        description="After that a TCP connection may take a shortcut, uninspected; null: never.",
+    )
 
 
 class PairCoverage(ApiDocument):
@@ -154,6 +159,13 @@ class LedgerSummary(ApiDocument):
     violation_count: Count = 0
     violations: tuple[Violation, ...] = ()
     findings: tuple[str, ...] = Field(default=(), description="Foreign flows before ours.")
+    shortcut_policies: Count = Field(
+        default=0,
+        description="Policies whose connections may take a shortcut: for these it holds until then.",
+    )
+    shortcut_connections: Count = Field(default=0, description="That ever took one.")
+    shortcut_packets: Count = Field(default=0, description="Delivered uninspected by shortcuts.")
+    shortcut_bytes: Count = 0
     seconds: float = 0.0
     fault: str = ""
 
@@ -188,6 +200,9 @@ class CoverageMoment(ApiDocument):
     lanes: Count
     traced: Count = 0
     violations: Count = 0
+    shortcut_packets: Count = Field(
+        default=0, description="Delivered uninspected by shortcuts until then."
+    )
 
 
 class CoverageHistory(ApiDocument):
@@ -224,5 +239,8 @@ class Coverage(ApiDocument):
     gaps: tuple[CoverageGap, ...] = ()
     lanes: tuple[LaneProof, ...] = ()
     ledger: LedgerSummary | None = None
+    shortcuts: tuple[ShortcutAccount, ...] = Field(
+        default=(), description="What went uninspected since its connections took shortcuts."
+    )
     items: tuple[PairCoverage, ...] = ()
     next: str | None = Field(default=None, description="Cursor of the next page, null on the last.")

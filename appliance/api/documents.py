@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
-from steering.model import Family, OnFailure, Profile, Protocol
+from steering.model import Family, OnFailure, Profile, Protocol, Trigger
 
 Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -276,6 +276,10 @@ class Explanation(ApiDocument):
     policy: str | None = None
     profile: Profile | None = None
     on_failure: OnFailure | None = None
+    inspected_until: Trigger | None = Field(
+        default=None,
+        description="After that the connection may take a shortcut, uninspected; null: never.",
+    )
     reason: str
     lane: ExplainLane | None = None
     considered: tuple[ConsideredPolicy, ...] = ()

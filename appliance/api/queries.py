@@ -153,6 +153,17 @@ class FlowQuery(Page):
     treatment: Treatment | None = None
 
 
+class ShortcutFilter(Query):
+    """All that are set must hold."""
+
+    policy: Name | None = None
+    vm: VmRef | None = Field(default=None, description="Either end.")
+
+
+class ShortcutQuery(ShortcutFilter, Page):
+    pass
+
+
 class EventQuery(Page):
     since: QueryTime | None = None
     until: QueryTime | None = None

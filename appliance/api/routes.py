@@ -43,7 +43,10 @@ from appliance.api.queries import (
     NoQuery,
     Query,
     RuleQuery,
+    ShortcutFilter,
+    ShortcutQuery,
 )
+from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
 
 BASE = "/api/v1"
@@ -215,6 +218,18 @@ async def _remove_shuns(control: Control, call: Call) -> Reply:
     return Reply(200, await control.remove_shuns(call.path.get("shunId")))
 
 
+async def _shortcuts(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.find_shortcuts(call.query))
+
+
+async def _return_shortcuts(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.return_shortcuts(call.query))
+
+
+async def _return_shortcut(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.return_shortcut(call.path["shortcutId"]))
+
+
 async def _flows(control: Control, call: Call) -> Reply:
     return Reply(200, await control.find_flows(call.query))
 
@@ -239,6 +254,12 @@ _SHUN_ID = PathParameter(
     "shunId",
     r"[0-9a-f]{8}",
     "A shunned flow's id.",
+    {"type": "string", "pattern": r"^[0-9a-f]{8}$"},
+)
+_SHORTCUT_ID = PathParameter(
+    "shortcutId",
+    r"[0-9a-f]{8}",
+    "The id of a connection that takes a shortcut.",
     {"type": "string", "pattern": r"^[0-9a-f]{8}$"},
 )
 _REVISION_HEADERS = {
@@ -483,6 +504,35 @@ ROUTES: tuple[Route, ...] = (
         {200: ShunReport},
         (404,),
         path_parameter=_SHUN_ID,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/shortcuts",
+        "findShortcuts",
+        "The connections that the switch passes by itself, uninspected, and what passed so.",
+        _shortcuts,
+        {200: ShortcutList},
+        query=ShortcutQuery,
+    ),
+    Route(
+        "DELETE",
+        f"{BASE}/shortcuts",
+        "returnShortcuts",
+        "Have those that the query names inspected again; without a query all.",
+        _return_shortcuts,
+        {200: ShortcutReport},
+        (404,),
+        query=ShortcutFilter,
+    ),
+    Route(
+        "DELETE",
+        f"{BASE}/shortcuts/{{shortcutId}}",
+        "returnShortcut",
+        "Have one of them inspected again.",
+        _return_shortcut,
+        {200: ShortcutReport},
+        (404,),
+        path_parameter=_SHORTCUT_ID,
     ),
     Route(
         "GET",

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from appliance.alerts.ingest import LaneStatus
 from appliance.api.coverage import CoverageSummary, LaneProof, LedgerSummary
 from appliance.api.documents import Health
+from appliance.api.shortcuts import ShortcutAccount
 from appliance.assurance.failures import Uninspected
 from appliance.inspection.publish import InspectionState
 from steering.counters import Counters
@@ -119,7 +120,9 @@ SPECS: Mapping[str, Spec] = {
     ),
     "hairpin_ledger_time_seconds": Spec("gauge", (), "When the ledger last ran (epoch)."),
     "hairpin_policy_packets_total": Spec(
-        "counter", ("policy", "action"), "Packets that a policy decided, since its flows stand."
+        "counter",
+        ("policy", "action"),
+        "Packets that a policy decided, since its flows stand; not those that took a shortcut.",
     ),
     "hairpin_policy_bytes_total": Spec(
         "counter", ("policy", "action"), "Bytes that a policy decided, since its flows stand."
@@ -132,6 +135,23 @@ SPECS: Mapping[str, Spec] = {
         "gauge",
         ("policy",),
         "Packets that the switch dropped of flows that are shunned now: the engine had blocked them.",
+    ),
+    "hairpin_shortcut_open_connections": Spec(
+        "gauge",
+        ("policy", "reason"),
+        "Connections that take a shortcut now: the switch passes them by itself, uninspected.",
+    ),
+    "hairpin_shortcut_connections_total": Spec(
+        "counter", ("policy", "reason"), "Connections that took a shortcut."
+    ),
+    "hairpin_shortcut_packets_total": Spec(
+        "counter", ("policy", "reason"), "Packets that went uninspected by a shortcut."
+    ),
+    "hairpin_shortcut_bytes_total": Spec(
+        "counter", ("policy", "reason"), "Bytes that went uninspected by a shortcut."
+    ),
+    "hairpin_shortcut_returns_total": Spec(
+        "counter", ("policy", "reason"), "Connections that were sent back to inspection."
     ),
     "hairpin_guard_dropped_packets_total": Spec(
         "counter", ("reason",), "Packets dropped before any policy: spoofed, tagged, stray."
@@ -165,6 +185,7 @@ class Snapshot:
     summary: CoverageSummary
     proofs: tuple[LaneProof, ...]
     ledger: LedgerSummary | None
+    shortcuts: tuple[ShortcutAccount, ...]
     uninspected: Mapping[str, Uninspected]
     down_since: Mapping[str, float]
     counters: Counters | None
@@ -182,6 +203,13 @@ def find_samples(snapshot: Snapshot) -> Iterable[Sample]:
     yield from _find_proofs(snapshot)
     yield from _find_counts(snapshot)
     yield from _find_engines(snapshot)
+    for taken in snapshot.shortcuts:
+        labels = (taken.policy, taken.reason.value)
+        yield "hairpin_shortcut_open_connections", labels, taken.open
+        yield "hairpin_shortcut_connections_total", labels, taken.connections
+        yield "hairpin_shortcut_packets_total", labels, taken.packets
+        yield "hairpin_shortcut_bytes_total", labels, taken.bytes
+        yield "hairpin_shortcut_returns_total", labels, taken.returned
     for one in snapshot.ingest:
         yield "hairpin_alerts_stored_total", (one.lane,), one.alerts
         yield "hairpin_eve_behind_bytes", (one.lane,), one.behind_bytes

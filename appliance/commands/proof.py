@@ -26,6 +26,7 @@ from appliance.commands.output import (
     render_time,
 )
 from appliance.commands.reading import show_next
+from appliance.commands.shortcut import describe_account
 from steering.errors import FieldError, WrongInput
 
 VIOLATIONS_SHOWN = 10
@@ -117,6 +118,11 @@ def _describe_ledger(ledger: LedgerSummary) -> str:
     parts = [f"{ledger.inspected} inspected, {ledger.direct} direct, {ledger.denied} denied"]
     if ledger.bypassed or ledger.blocked:
         parts.append(f"{ledger.bypassed} let through and {ledger.blocked} held back by failure")
+    if ledger.shortcut_policies or ledger.shortcut_connections:
+        parts.append(
+            f"not traced: {ledger.shortcut_connections} connections that took a shortcut "
+            f"({ledger.shortcut_packets} packets, {ledger.shortcut_bytes} bytes uninspected)"
+        )
     verdict = f"{ledger.violation_count} VIOLATIONS" if ledger.violation_count else "no violation"
     return (
         f"ledger at {render_time(ledger.at)}: {ledger.traced} traces of {ledger.classes_traced} of "
@@ -147,6 +153,8 @@ def _print_coverage(coverage: Coverage) -> None:
     _print_lanes(coverage.lanes)
     if coverage.ledger is not None:
         _print_ledger(coverage.ledger)
+    for account in coverage.shortcuts:
+        print_line(f"shortcuts of {describe_account(account)}")
     for gap in coverage.gaps:
         print_line(f"gap: {clean(gap.reason)}")
         if gap.mend:
@@ -159,6 +167,7 @@ def _print_coverage(coverage: Coverage) -> None:
             "; ".join(
                 f"{part.what} {part.treatment}"
                 + (f" {part.profile}/{part.on_failure}" if part.profile else "")
+                + (f" until {part.inspected_until}" if part.inspected_until else "")
                 + (f" by {part.policy}" if part.policy else "")
                 for part in pair.parts
             ),

@@ -131,7 +131,8 @@ def _print_explanation(found: Explanation) -> None:
     port = "" if found.port is None else f" port {found.port}"
     print_line(
         f"{found.source.name} -> {found.destination.name}, {found.protocol}{port}, {found.family}: "
-        f"{'inspected' if found.inspected else 'NOT inspected'} ({found.treatment})"
+        f"{'inspected' if found.inspected else 'NOT inspected'}"
+        f"{f' until {found.inspected_until}' if found.inspected_until else ''} ({found.treatment})"
     )
     print_line(f"why: {clean(found.reason)}")
     if found.policy is not None:

@@ -41,6 +41,8 @@ JSON_SHAPES = {
     "quarantine remove": "QuarantineReport",
     "shun list": "ShunList",
     "shun remove": "ShunReport",
+    "shortcut list": "ShortcutList",
+    "shortcut return": "ShortcutReport",
     "alerts": "AlertPage; with `--id` AlertDetail; with `--follow` an Alert a line",
     "flows": "FlowPage",
     "events": "EventPage",

@@ -17,12 +17,14 @@ from appliance.alerts.store import Store
 from appliance.api import coverage as cover
 from appliance.api import queries as ask
 from appliance.api.documents import build_time
+from appliance.api.shortcuts import ShortcutAccount
 from appliance.assurance.accounts import BalanceWatch
 from appliance.assurance.canary import CanaryWatch
 from appliance.assurance.disk import DiskWatch
 from appliance.assurance.failures import FailureWatch
 from appliance.assurance.ledger import LedgerRun, LedgerWatch
 from appliance.assurance.metrics import Snapshot, render_metrics
+from appliance.assurance.shortcuts import ShortcutWatch
 from appliance.management import render
 from appliance.management.health import Facts, build_health, is_inspecting
 from appliance.management.pages import cut_page, parse_cursor, read_seconds
@@ -33,6 +35,7 @@ from appliance.management.proof import (
     build_ledger,
     build_shares,
 )
+from appliance.management.shortcut import build_accounts
 from steering.coverage import build_coverage
 from steering.errors import SwitchError
 from steering.reconcile import Reconciler
@@ -52,6 +55,7 @@ class Watches:
     ledger: LedgerWatch
     balance: BalanceWatch
     disk: DiskWatch
+    shortcuts: ShortcutWatch
 
     def build_balances(self) -> dict[str, cover.Balance]:
         """By lane name."""
@@ -100,6 +104,7 @@ class CoverageWork:
         ]
         page, following = cut_page(pairs, query.cursor, query.limit)
         health = build_health(facts)
+        shortcuts = self._build_accounts(facts)
         return cover.Coverage(
             summary=render.build_coverage_summary(coverage),
             gaps=(
@@ -110,10 +115,15 @@ class CoverageWork:
                 *await self._count_gaps(),
             ),
             lanes=self.build_proofs(facts),
-            ledger=build_ledger(self._watches.ledger.last),
+            ledger=build_ledger(self._watches.ledger.last, shortcuts),
+            shortcuts=shortcuts,
             items=tuple(render.build_pair(pair) for pair in page),
             next=following,
         )
+
+    def _build_accounts(self, facts: Facts) -> tuple[ShortcutAccount, ...]:
+        watch = self._watches.shortcuts
+        return build_accounts(watch.book.accounts, watch.connections, facts.policies)
 
     async def _count_gaps(self) -> tuple[cover.CoverageGap, ...]:
         try:
@@ -162,12 +172,14 @@ class CoverageWork:
             counters = await self._reconciler.read_counters()
         except SwitchError:
             counters = None
+        shortcuts = self._build_accounts(facts)
         return render_metrics(
             Snapshot(
                 health=build_health(facts),
                 summary=render.build_coverage_summary(coverage),
                 proofs=self.build_proofs(facts),
-                ledger=build_ledger(self._watches.ledger.last),
+                ledger=build_ledger(self._watches.ledger.last, shortcuts),
+                shortcuts=shortcuts,
                 uninspected=self._watches.failures.total,
                 down_since=self._watches.failures.down,
                 counters=counters,
@@ -184,7 +196,7 @@ class CoverageWork:
         coverage = await asyncio.to_thread(build_coverage, facts.policies, machines)
         proved = {one.lane: one.passed is True for one in self._watches.canary.status()}
         shares = build_shares(render.build_coverage_summary(coverage), proved)
-        ledger = build_ledger(run)
+        ledger = build_ledger(run, self._build_accounts(facts))
         counts = {} if ledger is None else _count_ledger(ledger)
         if run.cause == "schedule" and facts.now - self._kept_at < MOMENT_SECONDS:
             return
@@ -207,7 +219,8 @@ def _names(pair: Any) -> Sequence[str]:
 
 def _count_ledger(ledger: cover.LedgerSummary) -> dict[str, Any]:
     kept = {"classes", "traced", "inspected", "direct", "denied", "bypassed", "violation_count"}
-    return ledger.model_dump(by_alias=False, include={*kept, "fault", "seconds"})
+    taken = {"shortcut_packets", "shortcut_bytes"}
+    return ledger.model_dump(by_alias=False, include={*kept, *taken, "fault", "seconds"})
 
 
 def _build_moment(row: Mapping[str, Any]) -> cover.CoverageMoment:
@@ -226,4 +239,5 @@ def _build_moment(row: Mapping[str, Any]) -> cover.CoverageMoment:
         lanes=shares["lanes"],
         traced=ledger.get("traced", 0),
         violations=ledger.get("violation_count", 0),
+        shortcut_packets=ledger.get("shortcut_packets", 0),
     )

@@ -69,6 +69,7 @@ class Facts:
     balances: Mapping[str, Balance] = field(default_factory=dict)
     ledger: LedgerRun | None = None
     disks: tuple[DiskState, ...] = ()
+    shortcut_faults: tuple[str, ...] = ()
 
 
 def build_health(facts: Facts) -> doc.Health:
@@ -220,6 +221,8 @@ def _judge_switch(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compon
         )
     for problem in switch.problems:
         _problem(problems, problem, "", facts.now)
+    for problem in facts.shortcut_faults:
+        _problem(problems, problem, "it is tried again; check Open vSwitch", facts.now)
     detail = f"Open vSwitch {switch.ovs_version}".strip()
     detail += f", {switch.datapath_type or 'system'} datapath"
     return doc.ComponentHealth(status="degraded" if switch.problems else "ok", detail=detail)

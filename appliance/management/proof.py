@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from appliance.alerts.canary import StoredProbe
 from appliance.api import coverage as cover
 from appliance.api.documents import build_time
+from appliance.api.shortcuts import ShortcutAccount
 from appliance.assurance.balance import Balance
 from appliance.assurance.canary import CanaryStatus
 from appliance.assurance.ledger import LedgerRun
@@ -65,12 +67,21 @@ def build_canary(probe: StoredProbe) -> cover.Canary:
     )
 
 
-def build_ledger(run: LedgerRun | None) -> cover.LedgerSummary | None:
+def build_ledger(
+    run: LedgerRun | None, shortcuts: Sequence[ShortcutAccount]
+) -> cover.LedgerSummary | None:
+    """``shortcuts``: what the traces, which are of connections that begin, can't tell."""
     if run is None:
         return None
     ledger = run.ledger
+    taken: dict[str, Any] = {
+        "shortcut_policies": sum(one.limit is not None for one in shortcuts),
+        "shortcut_connections": sum(one.connections for one in shortcuts),
+        "shortcut_packets": sum(one.packets for one in shortcuts),
+        "shortcut_bytes": sum(one.bytes for one in shortcuts),
+    }
     if ledger is None:
-        return cover.LedgerSummary(revision=run.revision, fault=run.fault)
+        return cover.LedgerSummary(revision=run.revision, fault=run.fault, **taken)
     return cover.LedgerSummary(
         at=build_time(ledger.at),
         revision=run.revision,
@@ -88,6 +99,7 @@ def build_ledger(run: LedgerRun | None) -> cover.LedgerSummary | None:
         violations=tuple(map(_build_violation, ledger.violations)),
         findings=tuple(f"{one.flow}: {one.reason}" for one in ledger.foreign),
         seconds=ledger.seconds,
+        **taken,
     )
 
 

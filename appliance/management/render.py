@@ -14,10 +14,21 @@ from appliance.api import coverage as cover
 from appliance.api import documents as doc
 from appliance.rules.model import ProfileState, RuleInfo
 from steering.counters import Count, Counters
-from steering.coverage import Coverage, PairCoverage, ServiceCoverage, Status
+from steering.coverage import Coverage, PairCoverage, ServiceCoverage, Status, find_shortcut
 from steering.diff import Bundle
 from steering.explain import Considered, Explanation, Step
-from steering.model import Action, Deny, Direct, Holding, Inspect, Lane, Machine, MachineRecord
+from steering.model import (
+    Action,
+    Deny,
+    Direct,
+    Holding,
+    Inspect,
+    Lane,
+    Machine,
+    MachineRecord,
+    Protocol,
+    Shortcut,
+)
 from steering.pipeline import Table
 
 PAYLOAD_LIMIT = 1024
@@ -79,6 +90,7 @@ def _build_part(covered: ServiceCoverage) -> cover.CoveragePart:
         policy=covered.policy,
         profile=action.profile if isinstance(action, Inspect) else None,
         on_failure=action.on_failure if isinstance(action, Inspect) else None,
+        inspected_until=None if (cut := find_shortcut(covered)) is None else cut.after,
     )
 
 
@@ -223,7 +235,7 @@ def _build_considered(considered: Considered, *, matches: bool) -> doc.Considere
 
 
 def build_explanation(found: Explanation, *, inspecting: bool) -> doc.Explanation:
-    lane = found.lane
+    lane, cut = found.lane, _find_explained_shortcut(found)
     decided = (
         (
             doc.ConsideredPolicy(
@@ -244,7 +256,8 @@ def build_explanation(found: Explanation, *, inspecting: bool) -> doc.Explanatio
         policy=found.policy,
         profile=found.profile,
         on_failure=found.on_failure,
-        reason=found.reason,
+        inspected_until=None if cut is None else cut.after,
+        reason=found.reason if cut is None else f"{found.reason}; {_describe_shortcut(cut)}",
         lane=None if lane is None else _build_lane(lane, inspecting=inspecting),
         considered=(
             *(_build_considered(one, matches=False) for one in found.passed_over),
@@ -255,6 +268,21 @@ def build_explanation(found: Explanation, *, inspecting: bool) -> doc.Explanatio
             *(_build_step(step) for step in found.forward),
             *(_build_step(step, "answer: ") for step in found.answers),
         ),
+    )
+
+
+def _find_explained_shortcut(found: Explanation) -> Shortcut | None:
+    """None too where the lane has no third leg: then nothing ever takes one."""
+    action, lane = found.action, found.lane
+    if not isinstance(action, Inspect) or lane is None or lane.leg_c is None:
+        return None
+    return action.shortcut if found.connection.protocol is Protocol.TCP else None
+
+
+def _describe_shortcut(cut: Shortcut) -> str:
+    return (
+        f"once the engine lets it go (after {cut.after}), the switch passes the rest uninspected, at most "
+        f"{cut.max_flows} connections of the policy at a time"
     )
 
 

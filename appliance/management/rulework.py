@@ -30,8 +30,15 @@ log = structlog.get_logger("rules")
 
 KEEP_SECONDS = 2.0
 
+OnReload = Callable[[str], None]
+"""lane: its engine was asked to load rules, and what it did is judged."""
+
 Record = Callable[[str, str, str], Awaitable[None]]
 """kind, severity, message: an event for the store."""
+
+
+def _ignore(lane: str) -> None:
+    return None
 
 
 class RuleWork:
@@ -53,6 +60,7 @@ class RuleWork:
         self._record = record
         self._job = doc.UpdateJob(state="idle")
         self._task: asyncio.Task[None] | None = None
+        self.on_reload: OnReload = _ignore
 
     @property
     def job(self) -> doc.UpdateJob:
@@ -71,6 +79,11 @@ class RuleWork:
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    def read_revision(self, lane: str) -> str:
+        """Of the ruleset in force on the lane of that name; "" where there is none."""
+        states = {str(one.profile): one.revision for one in self.pipeline.read_state().profiles}
+        return states.get(lane) or ""
 
     def build_status(self) -> tuple[doc.LaneRules, ...]:
         """The ruleset in force on each lane; counts are what the running engine says."""
@@ -144,6 +157,13 @@ class RuleWork:
         if not self._is_running(lane):
             # `hairpin inspect` starts it with the new rules, after testing them itself.
             return ReloadVerdict(True, "the engine is not running; it starts with these rules")
+        try:
+            return await self._reload_engine(lane)
+        finally:
+            # Refused too: which rules it has now is known only after the next reload, told likewise.
+            self.on_reload(lane.name)
+
+    async def _reload_engine(self, lane: Lane) -> ReloadVerdict:
         # Held, so that no other canary meets the engine between the two rulesets.
         async with self._canary.hold(lane) as prove:
             try:

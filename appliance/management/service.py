@@ -42,7 +42,9 @@ from appliance.api.quarantine import (
     QuarantineOrder,
     QuarantineReport,
 )
+from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
+from appliance.assurance.connections import TakenConnection
 from appliance.assurance.failures import Concerned
 from appliance.assurance.ledger import Inputs
 from appliance.export.exporter import Exporter
@@ -50,19 +52,20 @@ from appliance.inspection.publish import InspectionState
 from appliance.management import render
 from appliance.management.concerned import Forwarding, find_concerned
 from appliance.management.coverage import CoverageWork, Watches
+from appliance.management.flow_accounts import FlowAccounts
 from appliance.management.flows import FlowIngest
 from appliance.management.health import Facts, build_health, is_inspecting
 from appliance.management.knowledge import Knowledge, Snapshot
 from appliance.management.pages import cut_page, parse_cursor, read_seconds
 from appliance.management.quarantine import Quarantine, QuarantineWork, build_quarantined
 from appliance.management.rulework import RuleWork
+from appliance.management.shortcut import ShortcutWork
 from appliance.management.shun import ShunWork
 from appliance.settings import Settings
 from appliance.version import find_version
-from appliance.visibility.state import Sample, build_sample, compare, is_fresh, read_state
 from steering.coverage import build_coverage
 from steering.decide import Connection
-from steering.errors import HairpinError, SwitchError
+from steering.errors import SwitchError
 from steering.explain import explain, find_machine
 from steering.model import Lane, Machine, MachineRecord, PolicySet
 from steering.parse import parse_documents, parse_objects, render_documents
@@ -138,11 +141,22 @@ class Management:
         self._coverage = CoverageWork(store, reconciler, watches, self.build_facts)
         self._started = time.time()
         self.shun = ShunWork(store, ingest, reconciler, lambda: self._in_force.policies)
+        self.shortcut = ShortcutWork(
+            store,
+            ingest,
+            reconciler,
+            watches.shortcuts,
+            lambda: self._in_force.policies,
+            read_inspection,
+            rules.read_revision,
+        )
         self.quarantine = QuarantineWork(
             store, reconciler, quarantines, self._take_quarantine, time.time
         )
         self._change = asyncio.Lock()
-        self._first_sample: Sample | None = None
+        self.accounting = FlowAccounts(
+            settings.flow_spool.parent / "state.json", lambda: reconciler.mirrored_packets
+        )
         self._notings: set[asyncio.Task[None]] = set()
 
     # Health
@@ -169,6 +183,9 @@ class Management:
             balances=self._watches.build_balances(),
             ledger=self._watches.ledger.last,
             disks=self._watches.disk.states,
+            shortcut_faults=tuple(
+                filter(None, (self.shortcut.fault, self._watches.shortcuts.fault))
+            ),
         )
 
     async def read_health(self) -> doc.Health:
@@ -264,7 +281,9 @@ class Management:
                 f"revision {number} is on the switch: {len(bundle.changes)} changes in "
                 f"{applied.seconds:.3f} s"
             )
-            noting = asyncio.create_task(self._note_applied(number, done, report, text))
+            noting = asyncio.create_task(
+                self._note_applied(number, done, report, text, self.shortcut.note_policies(before))
+            )
             self._notings = {noting, *(one for one in self._notings if not one.done())}
             # What is on the switch is in force, whatever the store says.
             await asyncio.wait({noting}, timeout=NOTE_SECONDS)
@@ -301,7 +320,11 @@ class Management:
         )
         if machine is None:
             raise NotFound(f"no VM {order.vm}", "`hairpin vms` lists those that are known")
-        one, took = await self.quarantine.add(machine, order.seconds, order.reason)
+        try:
+            one, took = await self.quarantine.add(machine, order.seconds, order.reason)
+        finally:
+            # Also where the switch or the store failed: the VM is shut off as soon as it can be.
+            self.shortcut.return_vm(machine.vm_id, machine.name)
         return QuarantineReport(quarantine=(await self._build_quarantined([one]))[0], seconds=took)
 
     async def remove_quarantine(self, vm: str) -> QuarantineReport:
@@ -322,6 +345,20 @@ class Management:
     async def remove_shuns(self, shun_id: str | None) -> ShunReport:
         return await self.shun.remove(shun_id)
 
+    async def find_shortcuts(self, query: ask.ShortcutQuery) -> ShortcutList:
+        return await self.shortcut.find(query)
+
+    async def return_shortcuts(self, wanted: ask.ShortcutFilter) -> ShortcutReport:
+        return await self.shortcut.return_filtered(wanted)
+
+    async def return_shortcut(self, shortcut_id: str) -> ShortcutReport:
+        return await self.shortcut.return_one(shortcut_id)
+
+    @property
+    def policies(self) -> PolicySet:
+        """Those in force."""
+        return self._in_force.policies
+
     def _take_quarantine(self, cause: str) -> None:
         policies = replace(self._in_force.policies, quarantined=self.quarantine.vm_ids)
         self._in_force = InForce(self._in_force.number, policies)
@@ -329,7 +366,12 @@ class Management:
         self._watches.ledger.request(cause)
 
     async def _note_applied(
-        self, number: int, at: float, report: dict[str, Any], text: str
+        self,
+        number: int,
+        at: float,
+        report: dict[str, Any],
+        text: str,
+        returned: Sequence[TakenConnection],
     ) -> None:
         """Until the store takes it: after a restart the revision before would be in force else."""
         while True:
@@ -343,6 +385,7 @@ class Management:
             await self._record("policy.applied", "info", text)
         except StoreError as fault:
             log.error("event not stored", text=text, reason=fault.reason)
+        await self.shortcut.tell_policies(returned)
 
     def _build_warnings(self, policies: PolicySet, changes: int) -> tuple[str, ...]:
         warnings = []
@@ -514,47 +557,8 @@ class Management:
         return doc.FlowPage(
             items=tuple(map(render.build_flow, page.items)),
             next=page.next_cursor,
-            accounting=self._build_accounting(),
+            accounting=self.accounting.build(),
         )
-
-    def _take_sample(self) -> Sample | None:
-        switch = self._reconciler.mirrored_packets
-        try:
-            state = read_state(self._settings.flow_spool.parent / "state.json")
-        except HairpinError:
-            return None
-        if state is None or switch is None or not is_fresh(state, time.time()):
-            return None
-        return build_sample(state, switch)
-
-    def _build_accounting(self) -> doc.FlowAccounting | None:
-        """What the records miss, by the switch's count; since the observer started to be watched."""
-        last = self._take_sample()
-        first = self._first_sample
-        if last is None:
-            return None
-        if (
-            first is None
-            or first.started != last.started
-            or first.switch_packets > last.switch_packets
-        ):
-            self._first_sample = last
-            return None
-        report = compare(first, last)
-        return doc.FlowAccounting(
-            since=doc.build_time(first.at),
-            until=doc.build_time(last.at),
-            switch_packets=report.switch_packets,
-            recorded_packets=report.seen_packets,
-            missed_packets=report.missed_packets,
-            missed_percent=min(100.0, report.missed_ratio * 100),
-        )
-
-    async def watch_accounting(self) -> None:
-        """Take the first sample as soon as there is one; until cancelled."""
-        while True:
-            self._build_accounting()
-            await asyncio.sleep(10)
 
     async def find_events(self, query: ask.EventQuery) -> doc.EventPage:
         wanted = stored.EventFilter(

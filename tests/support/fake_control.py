@@ -86,10 +86,19 @@ from appliance.api.queries import (
     FlowQuery,
     HistoryQuery,
     RuleQuery,
+    ShortcutFilter,
+    ShortcutQuery,
+)
+from appliance.api.shortcuts import (
+    ShortcutAccount,
+    ShortcutConnection,
+    ShortcutEnd,
+    ShortcutList,
+    ShortcutReport,
 )
 from appliance.api.shuns import ShunList, ShunnedFlow, ShunReport
 from steering.errors import FieldError, WrongInput
-from steering.model import OnFailure, Profile
+from steering.model import Family, OnFailure, Profile, Trigger
 
 START = build_time(1_700_000_000.0)
 WEB = VmName(vm_id="vm-1", name="web1")
@@ -141,6 +150,20 @@ class FakeControl:
                 seconds_left=41.5,
                 dropped_packets=3,
                 dropped_bytes=300,
+            )
+        ]
+        self.shortcuts = [
+            ShortcutConnection(
+                id="4567cdef",
+                policy="web-to-app",
+                reason=Trigger.ONE_MEGABYTE,
+                family=Family.IPV4,
+                source=ShortcutEnd(vm=WEB, address="10.77.0.1", port=40009, packets=40, bytes=4000),
+                destination=ShortcutEnd(vm=APP, address="10.77.0.2", port=80, packets=2, bytes=200),
+                age_seconds=12.5,
+                idle_seconds=0.5,
+                packets=42,
+                bytes=4200,
             )
         ]
         self.quarantined: dict[str, QuarantinedVm] = {}
@@ -272,6 +295,39 @@ class FakeControl:
             raise NotFound(f"no flow {shun_id} is shunned", "`hairpin shun list` shows them")
         self.shunned = [one for one in self.shunned if one not in gone]
         return ShunReport(removed=len(gone))
+
+    def _find_shortcuts(self, wanted: ShortcutFilter) -> list[ShortcutConnection]:
+        return [
+            one
+            for one in self.shortcuts
+            if wanted.policy in (None, one.policy) and wanted.vm in (None, WEB.name, APP.name)
+        ]
+
+    async def find_shortcuts(self, query: ShortcutQuery) -> ShortcutList:
+        self._check()
+        account = ShortcutAccount(
+            policy="web-to-app", reason=Trigger.ONE_MEGABYTE, limit=50, return_on_alert=True,
+            open=len(self.shortcuts), connections=12, returned=3, packets=345, bytes=67_890,
+        )  # fmt: skip
+        return ShortcutList(items=tuple(self._find_shortcuts(query)), accounts=(account,))
+
+    async def return_shortcuts(self, wanted: ShortcutFilter) -> ShortcutReport:
+        self._check()
+        if wanted.policy not in (None, "web-to-app"):
+            raise NotFound(f"no policy {wanted.policy}", "`hairpin policy show` lists them")
+        gone = self._find_shortcuts(wanted)
+        self.shortcuts = [one for one in self.shortcuts if one not in gone]
+        return ShortcutReport(returned=len(gone), seconds=0.012)
+
+    async def return_shortcut(self, shortcut_id: str) -> ShortcutReport:
+        self._check()
+        gone = [one for one in self.shortcuts if one.id == shortcut_id]
+        if not gone:
+            raise NotFound(
+                f"no connection {shortcut_id} takes a shortcut", "`hairpin shortcut list`"
+            )
+        self.shortcuts = [one for one in self.shortcuts if one not in gone]
+        return ShortcutReport(returned=1, seconds=0.012)
 
     async def read_policies(self) -> PolicyRevision:
         self._check()

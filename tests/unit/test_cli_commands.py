@@ -121,6 +121,8 @@ def program(
         ("health", "/health"),
         ("quarantine list", "/quarantines"),
         ("shun list", "/shuns"),
+        ("shortcut list", "/shortcuts"),
+        ("shortcut list --policy other --vm web1", "/shortcuts?policy=other&vm=web1"),
         ("policy show", "/policies"),
         ("rules show", "/rules"),
         ("rules show --sid 9000001", "/rules/signatures?sid=9000001"),
@@ -445,3 +447,51 @@ def test_shunned_flows_are_listed_and_given_back(program: Program) -> None:
 @pytest.mark.parametrize("argv", [(), ("--all", "0123abcd"), ("no-id",), ("0123ABCD",)])
 def test_what_to_give_back_is_said_in_one_way(program: Program, argv: tuple[str, ...]) -> None:
     assert program.run("shun", "remove", *argv).status == 2
+
+
+def test_connections_that_take_a_shortcut_are_listed_with_what_went_uninspected(
+    program: Program,
+) -> None:
+    shown = program.run("shortcut", "list").out
+    for text in ("4567cdef", "1MB", "web1 10.77.0.1:40009", "app1 10.77.0.2:80", "12 s", "4200"):
+        assert text in shown
+    assert (
+        "policy web-to-app, after 1MB: 1 of 50; 12 so far, 3 sent back; "
+        "345 packets (67890 bytes) went uninspected\n"
+    ) in shown
+
+
+def test_connections_are_sent_back_one_by_one_by_policy_by_vm_or_all(program: Program) -> None:
+    kept = list(program.control.shortcuts)
+    for argv in (("4567cdef",), ("--policy", "web-to-app"), ("--vm", "web1"), ("--all",)):
+        program.control.shortcuts = list(kept)
+        ended = program.run("shortcut", "return", *argv)
+        assert ended.out == "1 connections are inspected again after 0.012 s\n", argv
+        assert program.control.shortcuts == []
+    both = program.run("shortcut", "return", "--policy", "web-to-app", "--vm", "web1", "--json")
+    assert both.document == {"returned": 0, "seconds": 0.012}
+    gone = program.run("shortcut", "return", "ffffffff")
+    assert (gone.status, "what to do:" in gone.err) == (1, True)
+    assert program.run("shortcut", "return", "--policy", "nobodys").status == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("--all", "4567cdef"),
+        ("--all", "--policy", "web-to-app"),
+        ("4567cdef", "--vm", "web1"),
+        ("no-id",),
+        ("4567CDEF",),
+        ("--policy", "../x"),
+        ("--vm", ""),
+        ("--policy", ""),
+    ],
+)
+def test_what_to_send_back_is_said_in_one_way_and_nothing_is_sent_back_by_mistake(
+    program: Program, argv: tuple[str, ...]
+) -> None:
+    ended = program.run("shortcut", "return", *argv)
+    assert ended.status == 2, ended
+    assert len(program.control.shortcuts) == 1

@@ -16,12 +16,13 @@ from appliance.api.documents import (
     LaneHealth,
     build_time,
 )
+from appliance.api.shortcuts import ShortcutAccount
 from appliance.assurance.failures import Uninspected
 from appliance.assurance.metrics import SPECS, Snapshot, render_metrics
 from appliance.commands.metrics_reference import render_reference
 from appliance.inspection.publish import EngineState, InspectionState, LaneState, QueueState
 from steering.counters import Count, Counters
-from steering.model import PolicySet, Profile
+from steering.model import PolicySet, Profile, Trigger
 
 NOW = build_time(1_700_000_000.0)
 
@@ -53,6 +54,19 @@ def build_snapshot() -> Snapshot:
         summary=CoverageSummary(machines=2, pairs=2, inspected=1, blind=1),
         proofs=(LaneProof(lane="prevent", inspecting=True, canary=canary, balance=balance),),
         ledger=LedgerSummary(at=NOW, traced=120, violation_count=0),
+        shortcuts=(
+            ShortcutAccount(
+                policy="backup",
+                reason=Trigger.ONE_MEGABYTE,
+                limit=5,
+                return_on_alert=True,
+                open=2,
+                connections=7,
+                returned=3,
+                packets=900,
+                bytes=90_000,
+            ),
+        ),
         uninspected={"prevent": Uninspected(2, 200, 3)},
         down_since={"prevent": 1.0},
         counters=Counters({}, {}, {1: Count(5, 500)}, {}, Count(1, 60)),
@@ -89,6 +103,11 @@ def test_prometheus_reads_the_page() -> None:
     assert found["hairpin_canary_passed", ("prevent",)] == 1
     assert found["hairpin_guard_dropped_packets_total", ("spoofed",)] == 5
     assert found["hairpin_status", ("ok",)] == 1
+    for name, value in (
+        ("open_connections", 2), ("connections_total", 7), ("returns_total", 3),
+        ("packets_total", 900), ("bytes_total", 90_000),
+    ):  # fmt: skip
+        assert found[f"hairpin_shortcut_{name}", ("backup", "1MB")] == value
     # Of a policy there is none in this snapshot; all else that is declared is on the page.
     missing = {name for name in SPECS if not any(name == sample for sample, _ in found)}
     by_policy = ("policy_packets_total", "policy_bytes_total", "shun_dropped_packets")
