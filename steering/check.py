@@ -16,6 +16,7 @@ from steering.pipeline import (
     COOKIE_PREFIX,
     GROUP_MASK,
     GROUP_PREFIX,
+    Register,
     Table,
     build_group_id,
     build_steer_key,
@@ -212,7 +213,9 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
 
 def _check_canary(index: FlowIndex, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
     """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
-    reached = find_reached_in(index, {"in_port": str(canary)})
+    # Registers begin as 0; what the others carry is set on the way, if at all.
+    begins = {Register.SHORTCUT.value: "0", Register.LET_GO.value: "0"}
+    reached = find_reached_in(index, {"in_port": str(canary), **begins})
     for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
         if table in reached.tables:
             yield f"the canary's port {canary} reaches {table.name}"
