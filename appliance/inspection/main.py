@@ -127,11 +127,11 @@ class Inspection:
         try:
             seen = await asyncio.to_thread(bridge.write_lone_device, device, "leg C's")
         except HairpinError as fault:
-            supervisor.shut_shortcut()
+            supervisor.shortcut.shut()
             faults.note("leg C", fault.reason, fault.mend, now)
             return
-        report = await redirect.write_redirection(supervisor.lane, supervisor.shut_shortcut)
-        supervisor.take_redirection(report)
+        report = await redirect.write_redirection(supervisor.lane, supervisor.shortcut.shut)
+        supervisor.shortcut.take_redirection(report)
         if report.off:
             mend = (
                 "see the device of legC in the settings; all goes on inspected, without a shortcut"
