@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -236,7 +235,7 @@ class Library:
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Iterator[Library]:
+def library(tmp_path: Path) -> Library:
     built = find_queue_library()
     assert built is not None, "run `make setup`"
     # Under another name it is loaded anew, with variables of its own.
@@ -252,7 +251,7 @@ def library(tmp_path: Path) -> Iterator[Library]:
     assert loaded.hairpin_open_state(str(state).encode())
     made = Library(loaded, state)
     made.allow(1e9)
-    yield made
+    return made
 
 
 ENDS = {IP: ("10.0.0.1", "10.0.0.2"), IPv6: ("fd00::1", "fd00::2")}
@@ -471,12 +470,18 @@ def test_more_packets_than_are_remembered_do_not_go_in_a_batch(library: Library)
     assert library.let_go(segment())
 
 
+SEGMENT = raw(segment())
+
+
+def build_from(address: int) -> bytes:
+    return SEGMENT[:12] + address.to_bytes(4, "big") + SEGMENT[16:]
+
+
 def test_the_table_is_bounded_and_silence_makes_room(library: Library) -> None:
     went = 0
     for number in range(90_000):
-        packet = bytearray(raw(segment()))
-        packet[12:16] = (0x0A000000 + number).to_bytes(4, "big")
-        library.take(bytes(packet))
+        packet = build_from(0x0A000000 + number)
+        library.take(packet)
         went += library.decide()
     figures = library.figures
     assert went == figures.entered == figures.present < 65_537
@@ -484,18 +489,17 @@ def test_the_table_is_bounded_and_silence_makes_room(library: Library) -> None:
     library.now += 400_000
     assert library.let_go(segment(port=50_000))
     # The engine has forgotten it by now, and sees it anew as it is.
-    old = raw(segment())[:12] + b"\x0a\0\0\0" + raw(segment())[16:]
+    old = build_from(0x0A000000)
     assert library.take(old) == old
 
 
 def test_one_that_finds_no_room_keeps_its_batch_and_leaves_nothing(library: Library) -> None:
     refused = None
     for number in range(90_000):
-        packet = bytearray(raw(segment()))
-        packet[12:16] = (0x0A000000 + number).to_bytes(4, "big")
-        library.take(bytes(packet))
+        packet = build_from(0x0A000000 + number)
+        library.take(packet)
         if not library.decide():
-            refused = bytes(packet)
+            refused = packet
             break
     assert refused is not None
     before = library.figures
