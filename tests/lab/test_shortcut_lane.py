@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from appliance.inspection.publish import EngineState
+from appliance.inspection.publish import EngineState, read_inspection_state
 from appliance.rules.check import finish_rules
 from steering.model import Profile, Trigger
 from steering.run import run
@@ -231,5 +231,24 @@ def test_what_came_by_leg_c_was_never_a_syn_and_queues_lost_nothing(lane):
     assert lane.by_leg_c(SYN) == 0
     found = find_lane(lane)
     assert found.state is EngineState.RUNNING
+    # The queue rules read back as they were written, and count.
+    state = read_inspection_state(lane.settings.inspection_state)
+    assert state is not None
+    assert not [fault.reason for fault in state.faults if "queue rules" in fault.reason]
+    assert found.counters.frames_in_tagged >= found.counters.frames_out_tagged > 1000
     assert sum(queue.dropped + queue.user_dropped for queue in found.queues) == 0
     assert found.shortcut.refused_full == 0
+
+
+def test_a_third_leg_that_is_gone_costs_the_shortcut_alone(lane):
+    """The last one: the device does not come back."""
+    lane.steer(SIZE)
+    connection = lane.connect(4)
+    assert get(connection, "/", {"Wanted": "2000000"}) == 200
+    run(["ip", "-n", lane.state.hypervisor, "link", "del", lane.state.lanes[0].leg_c])
+    device = lane.state.lanes[0].device_c
+    said = lane.wait_shortcut("off", seconds=3)
+    assert said.reason == f"device: no device {device} in the service host"
+    assert get(connection, "/", {"Wanted": "3000000"}) == 200
+    assert get(lane.connect(4), "/?file=/etc/passwd") is None
+    assert get(connection, "/?file=/etc/passwd") is None

@@ -161,7 +161,7 @@ class ShortcutLab(LaneLab):
     def socket(self, family: int, port: int, source: int = 0) -> socket.socket:
         kind = socket.AF_INET if family == 4 else socket.AF_INET6
         made = in_namespace(self.state.vm(CLIENT).netns, lambda: socket.socket(kind))
-        made.settimeout(6)
+        made.settimeout(4)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if source:
             made.bind(("", source))
@@ -169,7 +169,7 @@ class ShortcutLab(LaneLab):
         return made
 
     def connect(self, family: int, source: int = 0) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(self.address(family), timeout=6)
+        connection = http.client.HTTPConnection(self.address(family), timeout=4)
         connection.sock = self.socket(family, 80, source)
         return connection
 
