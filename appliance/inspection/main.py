@@ -37,6 +37,7 @@ log = structlog.get_logger("inspection")
 
 NETWORK_PERIOD = 2.0
 """Seconds between two looks at rules and bridges."""
+NETWORK_GAP = 0.05
 PUBLISH_PERIOD = 1.0
 
 
@@ -116,6 +117,8 @@ class Inspection:
                         await self._write_redirection(supervisor, leg.device, first=first)
                 first = False
                 self._changed.set()
+                # Devices that come and go all the time must not keep us busy.
+                await asyncio.sleep(NETWORK_GAP)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), NETWORK_PERIOD)
 
