@@ -446,6 +446,16 @@ def test_a_batch_goes_whole_or_not_at_all(library: Library) -> None:
     assert library.figures.entered == 3
 
 
+def test_all_that_is_in_a_batch_was_seen(library: Library) -> None:
+    for number in range(20):
+        library.take(segment(1000 + number * 100, data=b"x" * 100))
+        library.take(segment(5000, 1100 + number * 100, b"yy", up=False))
+    assert library.decide(batch=True)
+    for late in (segment(3000, 5002, b"x"), segment(5002, 3000, up=False)):
+        assert library.take(late) == raw(late)
+    assert (library.figures.entered, library.figures.returned) == (1, 0)
+
+
 def test_a_batch_is_what_came_up_to_its_number(library: Library) -> None:
     library.number = 2**32 - 3
     first = segment(port=41_000)

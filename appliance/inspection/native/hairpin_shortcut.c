@@ -276,6 +276,12 @@ static int wrap(const unsigned char *packet, size_t length, uint32_t epoch, unsi
     return (int)total;
 }
 
+static void advance(uint32_t *next, uint32_t to)
+{
+    if ((int32_t)(to - *next) > 0)
+        *next = to;
+}
+
 static int is_straggler(const struct entry *entry, const struct segment *segment, int64_t now)
 {
     uint32_t behind = entry->next[segment->direction] - segment->seq;
@@ -331,8 +337,8 @@ static uint32_t find_identity(const struct segment *segment, int64_t now)
             is_turn(entry, segment);
         } else if (is_turn(entry, segment)) {
             renew(entry, TURNED);
-        } else if ((int32_t)(segment->end - entry->next[segment->direction]) > 0) {
-            entry->next[segment->direction] = segment->end;
+        } else {
+            advance(&entry->next[segment->direction], segment->end);
         }
         entry->last = now;
         epoch = entry->epoch;
@@ -352,7 +358,10 @@ static int enter(const struct waiting *packet, int64_t now)
     pthread_mutex_lock(lock);
     entry = find_entry(table[set], &packet->tuple);
     if (entry != NULL) {
+        /* Of one verdict's packets the engine saw all, before the first of them was noted. */
         done = entry->gone;
+        advance(&entry->next[packet->direction], packet->end);
+        advance(&entry->next[!packet->direction], packet->ack);
     } else {
         for (int way = 0; way < WAYS && !done; way++) {
             entry = &table[set][way];
