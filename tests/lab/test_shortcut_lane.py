@@ -73,6 +73,19 @@ def test_after_a_megabyte_frames_leave_by_leg_c_with_their_tag_and_no_syn_does(l
 
 
 @pytest.mark.parametrize("family", [4, 6])
+def test_one_that_the_switch_does_not_take_goes_on_in_inspection_as_it_was(lane, family):
+    """More than the policy's number of them: its frames come by leg C, and the next ones are steered again."""
+    lane.steer(SIZE)
+    before = wait_for(lane.shortcut)
+    connection = lane.connect(family)
+    assert get(connection, "/", {"Wanted": "5000000"}) == 200
+    assert get(connection, "/next", {"Wanted": "5000000"}) == 200
+    assert wait_for(lambda: lane.shortcut().entered == before.entered + 1)
+    assert get(connection, "/?file=/etc/passwd") is None
+    assert lane.shortcut().returned == before.returned
+
+
+@pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("code", [0, 6, 7, PRIORITY_CODES[Trigger.HUNDRED_MEGABYTES], TLS, RULE])
 def test_other_classes_do_not_go_by_this_trigger(lane, family, code):
     lane.steer(code)

@@ -321,7 +321,7 @@ RETURNS = {
     "a gap": (lambda: segment(1501), 3),
     "an acknowledgement of what was not seen": (lambda: segment(1500, 5001), 3),
     "from the other side": (lambda: segment(5001, 1500, up=False), 3),
-    "a pause": (lambda: segment(1500), 50),
+    "a pause": (lambda: segment(1500), 1000),
     "something far behind": (lambda: segment(1500 - 1_000_001), 3),
 }
 

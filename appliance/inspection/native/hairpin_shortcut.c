@@ -39,7 +39,8 @@ static const uint32_t FINAL = UINT32_C(1) << 31;
 enum { ACCEPT = 1 };
 
 enum { FIN = 1, SYN = 2, RST = 4, ACK = 16 };
-enum { STRAGGLER_MS = 50, STRAGGLER_BYTES = 1000000 };
+/* In a second no connection gets round the 4 GiB of its sequence numbers: that would be 34 Gbit/s. */
+enum { STRAGGLER_MS = 1000, STRAGGLER_BYTES = 1000000 };
 enum { SETS = 8192, WAYS = 8, LOCKS = 64, WAITING = 64 };
 enum { WRAP = IPV4_HEADER + 4 + 4 + 4, LONGEST = 65535 };
 /* Packets of an engine's flow may be timed by another clock, whole seconds: kept a little longer than it. */
