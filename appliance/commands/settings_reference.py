@@ -114,7 +114,8 @@ def find_sections(
     root = schema if root is None else root
     yield path, schema
     for key, value in schema["properties"].items():
-        for suffix, inner in (("", value), ("[]", value.get("items", {}))):
+        optional = [("", one) for one in value.get("anyOf", ())]
+        for suffix, inner in (("", value), ("[]", value.get("items", {})), *optional):
             if "$ref" in inner and "properties" in (part := _resolve(inner, root)):
                 yield from find_sections(f"{path}.{key}{suffix}".removeprefix("."), part, root)
 

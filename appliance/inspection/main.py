@@ -37,6 +37,7 @@ log = structlog.get_logger("inspection")
 
 NETWORK_PERIOD = 2.0
 """Seconds between two looks at rules and bridges."""
+NETWORK_GAP = 0.05
 PUBLISH_PERIOD = 1.0
 
 
@@ -116,6 +117,8 @@ class Inspection:
                         await self._write_redirection(supervisor, leg.device, first=first)
                 first = False
                 self._changed.set()
+                # Devices that come and go all the time must not keep us busy.
+                await asyncio.sleep(NETWORK_GAP)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), NETWORK_PERIOD)
 
@@ -127,11 +130,11 @@ class Inspection:
         try:
             seen = await asyncio.to_thread(bridge.write_lone_device, device, "leg C's")
         except HairpinError as fault:
-            supervisor.shut_shortcut()
+            supervisor.shortcut.shut()
             faults.note("leg C", fault.reason, fault.mend, now)
             return
-        report = await redirect.write_redirection(supervisor.lane, supervisor.shut_shortcut)
-        supervisor.take_redirection(report)
+        report = await redirect.write_redirection(supervisor.lane, supervisor.shortcut.shut)
+        supervisor.shortcut.take_redirection(report)
         if report.off:
             mend = (
                 "see the device of legC in the settings; all goes on inspected, without a shortcut"

@@ -27,7 +27,7 @@ MAGIC = b"HAIRPIN1"
 ALLOWED_SECONDS = 6.0
 """So long the library lets connections go after it was last allowed to; `inspect` says so every 2 s."""
 
-_WORDS = struct.Struct("=8s11Q")
+_WORDS = struct.Struct("=8s12Q")
 _UNTIL = struct.Struct("=Q")
 UNTIL_AT = 8
 """Where in the file the time stands until which connections may be let go (CLOCK_MONOTONIC, ns)."""
@@ -54,6 +54,7 @@ class LibraryFigures:
     entered: int
     returned: int
     renewed: int
+    turned: int
     refused_full: int
     refused_mixed: int
     too_long: int
@@ -62,7 +63,7 @@ class LibraryFigures:
 
 def build_state_file(idle_seconds: int) -> bytes:
     """The whole file as it is before an engine starts: nothing may go yet."""
-    return _WORDS.pack(MAGIC, 0, idle_seconds, *(0,) * 9).ljust(STATE_SIZE, b"\0")
+    return _WORDS.pack(MAGIC, 0, idle_seconds, *(0,) * 10).ljust(STATE_SIZE, b"\0")
 
 
 def build_until(until: float) -> bytes:

@@ -31,20 +31,10 @@ from appliance.inspection.publish import (
     EngineCounters,
     EngineState,
     LaneState,
-    Shortcut,
     write_atomically,
 )
-from appliance.inspection.redirect import RedirectReport
 from appliance.inspection.rulesets import Ruleset, Rulesets
-from appliance.inspection.shortcut import (
-    ALLOWED_SECONDS,
-    STATE_SIZE,
-    UNTIL_AT,
-    build_state_file,
-    build_until,
-    find_shortcut,
-    parse_state_file,
-)
+from appliance.inspection.shortcut_lane import LaneShortcut
 from appliance.inspection.socket import (
     EngineRefused,
     EngineSilent,
@@ -53,7 +43,6 @@ from appliance.inspection.socket import (
 )
 from appliance.inspection.superpackets import ACCEPTED, find_super_packets
 from appliance.paths import find_queue_library
-from appliance.rules.shortcut import has_marks
 from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.model import Lane
@@ -132,9 +121,7 @@ class LaneSupervisor:
         self._counters: EngineCounters | None = None
         wanted = settings.inspection.super_packets or lane.leg_c is not None
         self._library = find_queue_library() if wanted else None
-        self._shortcut = None if lane.leg_c is None else settings.shortcut_state(lane).absolute()
-        self._redirection = "device: leg C was not looked at yet"
-        self._marks = False
+        self.shortcut = LaneShortcut(settings, lane, owner)
         self._start_log = ""
 
     def build_state(
@@ -158,47 +145,15 @@ class LaneSupervisor:
                 log=self._start_log,
                 counters=self._counters,
             ),
-            shortcut=self._find_shortcut(None if record is None else record.pid),
+            shortcut=self.shortcut.find(
+                None if record is None else record.pid, built=self._library is not None
+            ),
             rules_loaded=self._rules[0],
             rules_failed=self._rules[1],
             queues=build_queue_states(self.lane, counters),
             counters=build_lane_counters(self.lane, frames, self._counters),
             faults=self.faults.build(now),
         )
-
-    # --- the shortcut ------------------------------------------------------------------------------
-
-    def _find_shortcut(self, pid: int | None) -> Shortcut:
-        content = b""
-        if self._shortcut is not None:
-            content = files.read_state_file(self._shortcut, STATE_SIZE, self.owner)
-        return find_shortcut(
-            wanted=self._shortcut is not None,
-            built=self._library is not None,
-            pid=pid,
-            figures=parse_state_file(content),
-            rules=self._marks,
-            redirection=self._redirection,
-        )
-
-    def shut_shortcut(self) -> None:
-        """From now on no connection is let go."""
-        self._allow(0.0)
-
-    def take_redirection(self, report: RedirectReport) -> None:
-        """Let connections go for some seconds more, where they can leave by leg C and the rules are right."""
-        self._redirection = report.off
-        self._marks = has_marks(files.read_end(self.settings.ruleset(self.lane)))
-        self._allow(time.monotonic() + ALLOWED_SECONDS if self._marks and not report.off else 0.0)
-
-    def _allow(self, until: float) -> None:
-        if self._shortcut is None:
-            return
-        try:
-            files.write_state_part(self._shortcut, UNTIL_AT, build_until(until), self.owner)
-        except OSError as fault:
-            # Not allowed any more is the safe side, and comes by itself.
-            self.log.debug("shortcut's state not written", reason=str(fault))
 
     async def run(self, read_counters: Callable[[], tuple[QueueCounters, ...]]) -> None:
         """Supervise until cancelled; the engine then still runs (`stop` ends it, `leave` does not)."""
@@ -271,9 +226,7 @@ class LaneSupervisor:
     def _write_config(self, ruleset: Path | None = None) -> None:
         """`ruleset`: another one than the one in force, for a start; what a reload reads is put back."""
         files.write_lane_directory(self.paths.directory, self.owner)
-        if self._shortcut is not None:
-            content = build_state_file(engine_config.FLOW_TIMEOUT)
-            files.write_state_file(self._shortcut, content, self.owner)
+        self.shortcut.write()
         self.paths.record.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         config = engine_config.build_engine_config(self.settings, self.lane)
         text = engine_config.render_engine_config(config)
@@ -292,7 +245,7 @@ class LaneSupervisor:
             self.paths.config,
             self._library,
             super_packets=self.settings.inspection.super_packets,
-            shortcut=self._shortcut,
+            shortcut=self.shortcut.path,
         )
 
     def _adopt(self) -> bool:

@@ -39,7 +39,8 @@ static const uint32_t FINAL = UINT32_C(1) << 31;
 enum { ACCEPT = 1 };
 
 enum { FIN = 1, SYN = 2, RST = 4, ACK = 16 };
-enum { STRAGGLER_MS = 50, STRAGGLER_BYTES = 1000000 };
+/* In a second no connection gets round the 4 GiB of its sequence numbers: that would be 34 Gbit/s. */
+enum { STRAGGLER_MS = 1000, STRAGGLER_BYTES = 1000000 };
 enum { SETS = 8192, WAYS = 8, LOCKS = 64, WAITING = 64 };
 enum { WRAP = IPV4_HEADER + 4 + 4 + 4, LONGEST = 65535 };
 /* Packets of an engine's flow may be timed by another clock, whole seconds: kept a little longer than it. */
@@ -55,6 +56,7 @@ enum word {
     ENTERED, /* connections let go */
     RETURNED,
     RENEWED,       /* a SYN on the ports of a connection in the table */
+    TURNED,        /* another epoch for a returned connection, as the other side began to speak */
     REFUSED_FULL,  /* let not go: no room in the table */
     REFUSED_MIXED, /* a batch of packets of which not all may go */
     TOO_LONG,      /* packets that could not be wrapped, and were seen as they are */
@@ -70,6 +72,7 @@ struct entry {
     uint32_t next[2]; /* by direction: the sequence number after the last byte that the engine saw */
     uint32_t epoch;   /* 0: the engine sees it as it is */
     uint8_t used, gone;
+    uint8_t speaker, settled; /* see find_identity() */
     int64_t last; /* ms */
 };
 
@@ -82,7 +85,7 @@ struct waiting {
 struct segment {
     struct tuple tuple;
     uint32_t seq, end, ack;
-    uint8_t flags, direction;
+    uint8_t flags, direction, data;
 };
 
 static struct entry table[SETS][WAYS];
@@ -202,6 +205,7 @@ static int read_segment(const unsigned char *packet, size_t length, struct segme
     segment->flags = packet[at + 13];
     segment->end = segment->seq + (uint32_t)(end - at - header) + (segment->flags & SYN ? 1 : 0) +
                    (segment->flags & FIN ? 1 : 0);
+    segment->data = end - at > header;
     memset(ends, 0, sizeof ends);
     address = packet[0] >> 4 == 4 ? 4 : 16;
     memcpy(ends[0], packet + (address == 4 ? 12 : 8), address);
@@ -273,6 +277,12 @@ static int wrap(const unsigned char *packet, size_t length, uint32_t epoch, unsi
     return (int)total;
 }
 
+static void advance(uint32_t *next, uint32_t to)
+{
+    if ((int32_t)(to - *next) > 0)
+        *next = to;
+}
+
 static int is_straggler(const struct entry *entry, const struct segment *segment, int64_t now)
 {
     uint32_t behind = entry->next[segment->direction] - segment->seq;
@@ -281,6 +291,29 @@ static int is_straggler(const struct entry *entry, const struct segment *segment
         return 0;
     return !(segment->flags & ACK) ||
            (int32_t)(entry->next[!segment->direction] - segment->ack) >= 0;
+}
+
+static void renew(struct entry *entry, enum word why)
+{
+    entry->epoch = find_epoch();
+    entry->gone = entry->speaker = 0;
+    entry->settled = why != RETURNED;
+    count(why);
+}
+
+/*
+ * A connection returns in the middle of something, and where that is a body of which the head was not seen, Suricata
+ * finds no protocol in it, or the wrong one, and gives up for good. What the other side says next is mostly
+ * where a request or an answer begins. So there, once, the connection gets another epoch: that side
+ * had said nothing in the one before, so nothing that it says is torn apart.
+ */
+static int is_turn(struct entry *entry, const struct segment *segment)
+{
+    if (entry->epoch == 0 || entry->settled || !segment->data)
+        return 0;
+    if (entry->speaker == 0)
+        entry->speaker = (uint8_t)(segment->direction + 1);
+    return entry->speaker != segment->direction + 1;
 }
 
 /* As what the engine is to see a segment of this connection: the epoch, 0 for as it is. */
@@ -299,15 +332,14 @@ static uint32_t find_identity(const struct segment *segment, int64_t now)
     }
     if (entry != NULL) {
         if ((segment->flags & (SYN | ACK)) == SYN) {
-            entry->epoch = find_epoch();
-            entry->gone = 0;
-            count(RENEWED);
+            renew(entry, RENEWED);
         } else if (entry->gone && !is_straggler(entry, segment, now)) {
-            entry->epoch = find_epoch();
-            entry->gone = 0;
-            count(RETURNED);
-        } else if ((int32_t)(segment->end - entry->next[segment->direction]) > 0) {
-            entry->next[segment->direction] = segment->end;
+            renew(entry, RETURNED);
+            is_turn(entry, segment);
+        } else if (is_turn(entry, segment)) {
+            renew(entry, TURNED);
+        } else {
+            advance(&entry->next[segment->direction], segment->end);
         }
         entry->last = now;
         epoch = entry->epoch;
@@ -327,7 +359,10 @@ static int enter(const struct waiting *packet, int64_t now)
     pthread_mutex_lock(lock);
     entry = find_entry(table[set], &packet->tuple);
     if (entry != NULL) {
+        /* Of one verdict's packets the engine saw all, before the first of them was noted. */
         done = entry->gone;
+        advance(&entry->next[packet->direction], packet->end);
+        advance(&entry->next[!packet->direction], packet->ack);
     } else {
         for (int way = 0; way < WAYS && !done; way++) {
             entry = &table[set][way];
