@@ -141,8 +141,9 @@ def test_what_passed_before_a_trigger_changed_is_the_former_triggers() -> None:
 
 
 def test_returned_connections_are_counted_by_policy() -> None:
-    book = record_returned(look(Book(), 1.0), [build_connection(1, 1.0), build_connection(2, 1.0)])
-    assert read(book).returned == 2
+    standing = build_connection(1, 0.5), build_connection(2, 0.5)
+    book = record_returned(look(Book(), 1.0, 0, *standing), standing)
+    assert read(book) == Account(connections=2, returned=2)
 
 
 steps = st.lists(
@@ -226,3 +227,9 @@ def test_every_policy_that_may_let_go_has_an_account_and_none_is_forgotten() -> 
         ("web", MB, 5, 1, 0),
         ("withdrawn", MB, None, 0, 1),
     ]
+
+
+def test_what_is_returned_before_a_look_saw_it_took_a_shortcut_too() -> None:
+    book = look(Book(), 1.0, 0, build_connection(1, 0.5))
+    book = record_returned(book, [build_connection(1, 0.9), build_connection(2, 0.1)])
+    assert read(book) == Account(connections=2, returned=2)
