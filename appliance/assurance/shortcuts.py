@@ -122,10 +122,12 @@ def record_look(
 
 
 def record_returned(book: Book, connections: Iterable[TakenConnection]) -> Book:
+    """What was returned before any look saw it took a shortcut as well."""
     more: dict[Key, Account] = {}
     for one in connections:
         if one.policy is not None and one.trigger is not None:
-            _add(more, (one.policy, one.trigger), Account(returned=1))
+            unseen = book.counted is not None and one.id not in book.counted
+            _add(more, (one.policy, one.trigger), Account(connections=int(unseen), returned=1))
     return replace(book, accounts=_merge(book.accounts, more)) if more else book
 
 
@@ -268,6 +270,11 @@ class ShortcutWatch:
             self.book = record_look(self.book, *now, counters, found, policies)
             self.connections = found
             return found
+
+    async def peek(self) -> tuple[TakenConnection, ...]:
+        """The connections alone, counting nothing. Raises SwitchError; HairpinError for foreign flows."""
+        taken = await self._read_taken()
+        return pair_taken(taken, self._read_policies(), self._read_machines()) if taken else ()
 
     def note_returned(self, connections: Sequence[TakenConnection]) -> None:
         self.book = record_returned(self.book, connections)

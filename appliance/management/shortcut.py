@@ -53,11 +53,8 @@ APART_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 ENGINES_SECONDS = 1.0
 AT_ONCE = 16
-LOOK_FIRST = 100
-"""Up to so many connections are looked at before they are sent back, to tell of them exactly. Of more
-
-the last look tells, a second old: reading them would hold up the return.
-"""
+HEAD_START_SECONDS = 0.02
+"""For which a return waits for what there is to be read, to tell exactly how many it ends."""
 MOST_LINES = 2_000
 """Returns that would take more deletes than that send back all of their policies instead."""
 
@@ -373,14 +370,20 @@ class ShortcutWork:
         self, cause: Cause, why: str, wanted: Return
     ) -> tuple[tuple[TakenConnection, ...], float]:
         """Raises SwitchError."""
-        connections = self._watch.connections
-        if len(connections) <= LOOK_FIRST:
+        known = {one.id: one for one in self._watch.connections}
+        peeking = asyncio.create_task(self._watch.peek())
+        try:
+            in_time, _ = await asyncio.wait({peeking}, timeout=HEAD_START_SECONDS)
+            seconds = await self._reconciler.return_shortcuts(wanted)
             try:
-                connections = await self._watch.look()
+                seen = {one.id: one for one in await peeking}
             except HairpinError as fault:
                 log.debug("not looked at before", reason=fault.reason)
-        found = find_named(wanted, connections)
-        seconds = await self._reconciler.return_shortcuts(wanted)
+                seen = known
+        finally:
+            peeking.cancel()
+        # What was read too late may be without those: then the last look tells of them.
+        found = find_named(wanted, (seen if in_time else known | seen).values())
         if found:
             self._watch.note_returned(found)
             await self._tell(cause, why, found, seconds)

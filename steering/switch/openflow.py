@@ -188,8 +188,9 @@ def parse_shunned(line: str) -> Shunned | None:
 
 _TAKEN = re.compile(
     r"cookie=(0x[0-9a-f]+), duration=([0-9.]+)s, table=\d+, n_packets=(\d+), n_bytes=(\d+), "
-    r"(?:[a-z_]+=[^,]*, )*?(?:idle_age=(\d+), )?(?:[a-z_]+=[^,]*, )*priority=\d+,(\S+) actions="
+    r"((?:[a-z_]+=[^,]*, )*)priority=\d+,(\S+) actions="
 )
+_IDLE = re.compile(r"idle_age=(\d+)")
 
 
 def parse_taken(line: str) -> Taken | None:
@@ -202,7 +203,8 @@ def parse_taken(line: str) -> Taken | None:
     if found is None:
         parse_flow_counter(line)
         return None
-    cookie, age, packets, size, idle, match = found.groups()
+    cookie, age, packets, size, rest, match = found.groups()
+    idle = _IDLE.search(rest)
     owner = parse_cookie(int(cookie, 16))
     if owner is None or owner[0] is not CookieKind.SHORTCUT or owner[1] == 0:
         return None
@@ -211,7 +213,7 @@ def parse_taken(line: str) -> Taken | None:
         match,
         owner[1],
         float(age),
-        float(idle or 0),
+        float(idle[1]) if idle else 0.0,
         int(packets),
         int(size),
     )

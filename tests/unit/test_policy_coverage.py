@@ -10,7 +10,18 @@ from hypothesis import HealthCheck, given, settings
 
 from steering.coverage import Coverage, PairCoverage, Share, Status, build_coverage
 from steering.decide import Connection, decide, resolve_machines
-from steering.model import Deny, Direct, Family, MachineRecord, PolicySet, Protocol, Service, Zone
+from steering.model import (
+    Deny,
+    Direct,
+    Family,
+    MachineRecord,
+    PolicySet,
+    Protocol,
+    Service,
+    Shortcut,
+    Trigger,
+    Zone,
+)
 from steering.services import covers
 from tests.support.policies import (
     APP,
@@ -189,3 +200,37 @@ def test_two_hundred_vms_and_fifty_policies_take_less_than_two_seconds() -> None
     coverage = build_coverage(wanted, machines)
     assert time.process_time() - started < 2  # 0.1 s
     assert len(coverage.pairs) == 200 * 199
+
+
+CUT = replace(PREVENT, shortcut=Shortcut(Trigger.ONE_MEGABYTE, 50))
+
+
+def test_what_may_leave_inspection_is_not_called_inspected() -> None:
+    for services, status, leaves in (
+        ((), Status.PARTIAL, True),
+        ((tcp(80),), Status.PARTIAL, True),
+        ((Service(Protocol.UDP),), Status.PARTIAL, False),
+    ):
+        pair = find_pair(
+            cover(build_set(build_policy("backup", WEB, APP, CUT, *services))), "web-1", "app-1"
+        )
+        assert pair.status is status
+        told = "TCP by policy backup leaves inspection after 1MB, at most 50 connections at a time"
+        assert (told in (pair.gap or "")) is leaves, pair.gap
+    # Of what is not TCP nothing ever leaves.
+    udp = (Service(Protocol.UDP),)
+    set_ = build_set(
+        build_policy("dns", WEB, APP, CUT, *udp, priority=200),
+        build_policy("rest", WEB, APP, PREVENT),
+    )
+    pair = find_pair(cover(set_), "web-1", "app-1")
+    assert (pair.status, pair.gap) == (Status.INSPECTED, None)
+
+
+def test_what_goes_direct_and_what_leaves_later_are_both_told() -> None:
+    set_ = build_set(build_policy("backup", WEB, APP, CUT, tcp(80)))
+    gap = find_pair(cover(set_), "web-1", "app-1").gap
+    assert gap == (
+        "goes direct, uninspected: everything else, which no policy names; TCP by policy backup leaves "
+        "inspection after 1MB, at most 50 connections at a time"
+    )

@@ -18,8 +18,9 @@ from steering.fields import (
     MAX_SERVICES,
     MAX_TAGS,
     MAX_ZONES,
+    SHORTCUT_FLOWS,
 )
-from steering.model import Family, OnFailure, Profile, Protocol
+from steering.model import Family, OnFailure, Profile, Protocol, Trigger
 from steering.parse import parse_documents, parse_objects, render_documents
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
@@ -49,7 +50,7 @@ def test_every_block_is_an_example_and_all_words_and_bounds_are_named() -> None:
     assert {language for language, _ in BLOCKS} == {"yaml", "json", "yaml refused", "text"}
     assert len(TAKEN) >= 5
     assert len(REFUSED) == 2
-    for word in (*KINDS, *Protocol, *Family, *Profile, *OnFailure):
+    for word in (*KINDS, *Protocol, *Family, *Profile, *OnFailure, *Trigger):
         assert f"`{word}`" in PAGE
     for phrase in (
         f"{MAX_MACHINES:,} VMs",
@@ -59,5 +60,6 @@ def test_every_block_is_an_example_and_all_words_and_bounds_are_named() -> None:
         f"1 to {MAX_SERVICES} of",
         f"up to {MAX_TAGS} keys",
         f"up to {MAX_ADDRESSES} addresses",
+        f"`maxFlows` ({SHORTCUT_FLOWS[0]} to {SHORTCUT_FLOWS[1]:,})",
     ):
         assert phrase in PAGE
