@@ -41,27 +41,28 @@ class Checker:
         self._legs: frozenset[int] = frozenset()
         self._pieces: frozenset[Piece] = frozenset()
         self._keys: set[FlowKey] = set()
-        self._index = FlowIndex()
+        self._index = FlowIndex(0)
 
     def check(self, program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
         """As `check_program`."""
         legs = _find_legs(lanes)
-        if legs != self._legs:
+        if (legs, canary) != (self._legs, self._index.in_port):
             self._forget()
-            self._legs = legs
+            self._legs, self._index = legs, FlowIndex(canary)
         faults = (
             *self._follow(program),
             *_check_legs(self._keys, legs),
             *_check_lanes(program, lanes),
             *_check_groups(program),
-            *(_check_canary(self._index, lanes, canary) if canary > 0 else ()),
+            *(_check_canary(self._index, lanes) if canary > 0 else ()),
         )
         if faults:
             self._forget()  # what was passed as sound is all that may be left out the next time
         return faults
 
     def _forget(self) -> None:
-        self._pieces, self._keys, self._index = frozenset(), set(), FlowIndex()
+        self._pieces, self._keys = frozenset(), set()
+        self._index = FlowIndex(self._index.in_port)
 
     def _follow(self, program: Program) -> Iterator[str]:
         pieces = frozenset(program.pieces)
@@ -86,25 +87,21 @@ def _check_flow(flow: Flow, legs: frozenset[int]) -> Iterator[str]:
     if flow.cookie >> 48 != COOKIE_PREFIX:
         yield f"carries a foreign cookie: {flow}"
     # Packets move forward through the tables only, so nothing loops (a guess may retry POLICY once).
-    for fault in _find_order_faults(flow.table, flow.actions):
+    for fault in _find_order_faults(flow.key.table, flow.actions):
         yield f"{fault}: {flow}"
     yield from _check_return(flow, legs)
 
 
 @lru_cache(maxsize=32_768)
-def _find_order_faults(table: Table, actions: str) -> tuple[str, ...]:
+def _find_order_faults(table: int, actions: str) -> tuple[str, ...]:
     """Remembered, since thousands of flows do the same."""
     faults: list[str] = []
     for number in map(int, _RESUBMIT.findall(actions)):
         if number not in _RANK:
             faults.append(f"resubmits to undeclared table {number}")
-        elif _RANK[number] <= _RANK[table.number] and not (table is Table.POLICY is _table(number)):
+        elif _RANK[number] <= _RANK[table] and not (table == number == Table.POLICY.number):
             faults.append("resubmits backwards")
     return tuple(faults)
-
-
-def _table(number: int) -> Table:
-    return next(table for table in Table if table.number == number)
 
 
 def _find_legs(lanes: Sequence[Lane]) -> frozenset[int]:
@@ -124,7 +121,7 @@ def _check_return(flow: Flow, legs: frozenset[int]) -> Iterator[str]:
             flow.actions == "drop" or re.fullmatch(r"output:\d+", flow.actions)
         ):
             yield f"DELIVER does more than deliver: {flow}"
-    elif _OUTPUT.search(flow.actions):
+    elif "output:" in flow.actions and _OUTPUT.search(flow.actions):
         yield f"outputs outside DELIVER: {flow}"
 
 
@@ -164,9 +161,9 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
                     yield f"group {group} does not fail {on_failure}"
 
 
-def _check_canary(index: FlowIndex, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
+def _check_canary(index: FlowIndex, lanes: Sequence[Lane]) -> Iterator[str]:
     """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
-    reached = find_reached_in(index, {"in_port": str(canary)})
+    reached, canary = find_reached_in(index), index.in_port
     for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
         if table in reached.tables:
             yield f"the canary's port {canary} reaches {table.name}"

@@ -62,14 +62,21 @@ class _Level:
 
 
 class FlowIndex:
-    """Flows by what may meet them. Kept from one program to the next, so a change costs what it changes."""
+    """Flows that frames from one port may meet, by what may meet them.
 
-    def __init__(self, flows: Iterable[Flow] = ()) -> None:
+    Kept from one program to the next, so a change costs what it changes.
+    """
+
+    def __init__(self, in_port: int, flows: Iterable[Flow] = ()) -> None:
+        self.in_port = in_port
+        self._other = re.compile(rf"(?:^|,)in_port=(?!{in_port}(?:,|$))")
         self._tables: dict[int, dict[int, _Level]] = {}
         for flow in flows:
             self.add(flow)
 
     def add(self, flow: Flow) -> None:
+        if self._other.search(flow.match):
+            return
         levels = self._tables.setdefault(flow.key.table, {})
         level = levels.setdefault(flow.priority, _Level())
         entry = _Entry(flow.actions, _read_match(flow.match))
@@ -83,6 +90,8 @@ class FlowIndex:
             unsure[flow.key] = entry
 
     def remove(self, flow: Flow) -> None:
+        if self._other.search(flow.match):
+            return
         level = self._tables[flow.key.table][flow.priority]
         telling = _find_telling(_read_match(flow.match))
         if telling is None:
@@ -119,16 +128,16 @@ def _find_telling(fields: Fields) -> tuple[str, str] | None:
     return None
 
 
-def find_reached(program: Program, known: Fields) -> Reached:
-    """From CLASSIFY on. ``known``: fields as a match has them, e.g. ``{"in_port": "7"}``."""
-    return find_reached_in(FlowIndex(program.flows), known)
+def find_reached(program: Program, in_port: int) -> Reached:
+    """Where frames from this port may get to, from CLASSIFY on."""
+    return find_reached_in(FlowIndex(in_port, program.flows))
 
 
-def find_reached_in(index: FlowIndex, known: Fields) -> Reached:
+def find_reached_in(index: FlowIndex) -> Reached:
     """`find_reached` of the flows of an index."""
     seen: set[tuple[int, frozenset[tuple[str, str]]]] = set()
     groups: set[int] = set()
-    left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, dict(known))]
+    left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, {"in_port": str(index.in_port)})]
     while left:
         number, frame = left.pop()
         state = number, frozenset(frame.items())
