@@ -243,6 +243,7 @@ class Reconciler:
         self._loop = asyncio.get_running_loop()
         self._policies = policies
         self._ovsdb.start()
+        await self._switch.open()
         self._tasks = [
             asyncio.create_task(self._monitor.run(), name="flow monitor"),
             asyncio.create_task(self._keep(), name="reconcile"),
@@ -254,6 +255,7 @@ class Reconciler:
 
     async def close(self) -> None:
         await cancel_all(self._tasks)
+        await self._switch.close()
         await asyncio.to_thread(self._ovsdb.close)
 
     async def plan(self, policies: PolicySet) -> Plan:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 
 from ovs.flow.ofp import OFPFlow
@@ -28,9 +28,10 @@ from steering.pipeline import (
     build_cookie,
     parse_cookie,
 )
-from steering.run import run_async
+from steering.run import Finished, SpareCommand, run_async
 from steering.shun import PRIORITY, ShunFlow, Shunned, find_shun_id, is_shun
 
+SECONDS = 20.0
 VERSION = ("-O", "OpenFlow15", "--no-names")
 OURS = f"cookie={COOKIE_PREFIX << 48:#x}/{COOKIE_MASK:#x}"
 
@@ -211,22 +212,34 @@ def is_ours(group_id: int) -> bool:
     return group_id & GROUP_MASK == GROUP_PREFIX
 
 
-@dataclass(frozen=True, slots=True)
 class OpenFlowSwitch:
     """One bridge's OpenFlow connection, e.g. ``unix:/run/openvswitch/br-int.mgmt``."""
 
-    target: str
-    _parser: FlowParser = field(default_factory=FlowParser, compare=False, repr=False)
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._parser = FlowParser()
+        # It connects once it has read its input, so one that waits knows nothing of the switch yet.
+        argv = ("ovs-ofctl", *VERSION, "bundle", target, "-")
+        self._bundles = SpareCommand(argv, timeout=SECONDS)
 
-    async def _ofctl(self, *argv: str, stdin: str | None = None) -> str:
+    async def open(self) -> None:
+        """Be ready for bundles; until `close`, on this event loop. All else works without it."""
+        await self._bundles.begin()
+
+    async def close(self) -> None:
+        await self._bundles.close()
+
+    async def _ofctl(self, *argv: str) -> str:
+        return await self._ask(run_async(["ovs-ofctl", *VERSION, *argv], timeout=SECONDS))
+
+    async def _ask(self, asking: Awaitable[Finished]) -> str:
         try:
-            done = await run_async(["ovs-ofctl", *VERSION, *argv], stdin=stdin, timeout=20)
+            return (await asking).stdout
         except CommandFailed as fault:
             raise SwitchError(
                 f"the bridge at {self.target} did not take a command: {fault.reason}",
                 "check that ovs-vswitchd runs and that this user may open the connection",
             ) from fault
-        return done.stdout
 
     async def _flow_lines(self, *argv: str) -> Iterator[str]:
         return find_flow_lines(await self._ofctl("dump-flows", *argv))
@@ -255,7 +268,7 @@ class OpenFlowSwitch:
     async def send_bundle(self, bundle: Bundle) -> None:
         """Send all changes as one OpenFlow bundle: all of it takes effect, or nothing. Raises SwitchError."""
         if bundle:
-            await self._ofctl("bundle", self.target, "-", stdin=bundle.text)
+            await self._ask(self._bundles.run(bundle.text))
 
     async def read_shuns(self) -> tuple[Shunned, ...]:
         """The flows that are shunned now. Raises SwitchError."""
@@ -268,14 +281,14 @@ class OpenFlowSwitch:
         """Shun these, or begin their time anew. Raises SwitchError."""
         if flows:
             text = "".join(f"{flow.command}\n" for flow in flows)
-            await self._ofctl("bundle", self.target, "-", stdin=text)
+            await self._ask(self._bundles.run(text))
 
     async def remove_shuns(self, shunned: Sequence[Shunned]) -> None:
         """Raises SwitchError. One that has ended meanwhile is none the less gone."""
         if shunned:
             head = f"flow delete_strict table={Table.CONNECTION.number},priority={PRIORITY}"
             text = "".join(f"{head},{one.match}\n" for one in shunned)
-            await self._ofctl("bundle", self.target, "-", stdin=text)
+            await self._ask(self._bundles.run(text))
 
     async def forget_addresses(self, ofport: int) -> None:
         """Delete what was learned of a port that is gone, so that its number can be another VM's."""

@@ -27,7 +27,7 @@ class Effort:
     changes: int
 
 
-WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=30)
+WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=100)
 QUICK = Effort(rounds=1, seconds=1.0, pings=100, changes=2)
 
 Measure = Callable[[Stage, Effort], Iterable[Row]]

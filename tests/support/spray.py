@@ -50,7 +50,7 @@ def spray(
     lane: tuple[str, str] | None = None,
 ) -> Iterator[Spray]:
     """Sends meanwhile, ``rate`` frames a second. ``lane``: (namespace, device) where it is watched, too."""
-    told, stop = Spray(), threading.Event()
+    told, stop, over = Spray(), threading.Event(), threading.Event()
     sender = _open(source.netns, "eth0")
     watches = [(_open(destination.netns, "eth0"), told.arrived)]
     if lane is not None:
@@ -65,12 +65,10 @@ def spray(
             stop.wait(max(0.0, began + told.sent / rate - time.monotonic()))
 
     def watch(peer: socket.socket, seen: set[int]) -> None:
-        while True:
+        while not over.is_set():
             try:
                 frame, address = peer.recvfrom(2_048)
             except TimeoutError:
-                if stop.is_set():
-                    return
                 continue
             place = frame.find(MARK)
             if place >= 0 and address[2] != socket.PACKET_OUTGOING:
@@ -84,6 +82,8 @@ def spray(
         yield told
     finally:
         stop.set()
+        time.sleep(0.3)  # for what is under way
+        over.set()
         for thread in threads:
             thread.join()
         for peer in (sender, *(one for one, _ in watches)):
@@ -96,6 +96,6 @@ def _open(namespace: str, device: str) -> socket.socket:
         lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)),
     )
     peer.bind((device, 3))
-    peer.settimeout(0.3)
+    peer.settimeout(0.1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 2**20)
     return peer
