@@ -221,7 +221,7 @@ def _build_watches(
         ),
         failures=FailureWatch(
             store,
-            reconciler.read_counters,
+            reconciler.read_lane_counters,
             lambda lane: find_management().find_concerned(lane),
         ),
         ledger=LedgerWatch(
@@ -241,7 +241,7 @@ def _build_watches(
             store,
         ),
         balance=BalanceWatch(
-            settings.build_lanes(), store, reconciler.read_counters, read_inspection
+            settings.build_lanes(), store, reconciler.read_lane_counters, read_inspection
         ),
     )
 

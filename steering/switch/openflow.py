@@ -33,6 +33,7 @@ from steering.shun import PRIORITY, ShunFlow, Shunned, find_shun_id, is_shun
 
 SECONDS = 20.0
 VERSION = ("-O", "OpenFlow15", "--no-names")
+KIND_MASK = 0xFFFF_FF00_0000_0000
 OURS = f"cookie={COOKIE_PREFIX << 48:#x}/{COOKIE_MASK:#x}"
 
 
@@ -217,7 +218,7 @@ class OpenFlowSwitch:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._parser = FlowParser()
+        self._parser, self._lane_parser = FlowParser(), FlowParser()
         # It connects once it has read its input, so one that waits knows nothing of the switch yet.
         argv = ("ovs-ofctl", *VERSION, "bundle", target, "-")
         self._bundles = SpareCommand(argv, timeout=SECONDS)
@@ -260,6 +261,11 @@ class OpenFlowSwitch:
     async def read_flow_counters(self) -> tuple[FlowCounter, ...]:
         return await self._parser.parse_slowly(await self._flow_lines(self.target, OURS))
 
+    async def read_lane_counters(self) -> tuple[FlowCounter, ...]:
+        """`read_flow_counters` of the flows of lanes only."""
+        kind = f"cookie={build_cookie(CookieKind.LANE):#x}/{KIND_MASK:#x}"
+        return self._lane_parser.parse(await self._flow_lines(self.target, kind))
+
     async def read_group_counters(self) -> tuple[GroupCounter, ...]:
         text = await self._ofctl("dump-group-stats", self.target)
         counters = [parse_group_counter(line) for line in text.splitlines()]
@@ -272,7 +278,7 @@ class OpenFlowSwitch:
 
     async def read_shuns(self) -> tuple[Shunned, ...]:
         """The flows that are shunned now. Raises SwitchError."""
-        cookie = f"cookie={build_cookie(CookieKind.SHUN):#x}/{0xFFFF_FF00_0000_0000:#x}"
+        cookie = f"cookie={build_cookie(CookieKind.SHUN):#x}/{KIND_MASK:#x}"
         table = f"table={Table.CONNECTION.number},{cookie}"
         lines = await self._flow_lines(self.target, table)
         return tuple(filter(None, map(parse_shunned, lines)))
