@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -131,10 +132,10 @@ async def test_a_spare_command_is_begun_before_it_is_asked_and_anew_after() -> N
 
 
 async def test_a_spare_command_that_fails_or_hangs_is_told() -> None:
-    failing = SpareCommand(["sh", "-c", "cat >/dev/null; echo no >&2; exit 3"])
+    failing = SpareCommand([sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit('no')"])
     hanging = SpareCommand(["sleep", "30"], timeout=0.2)
     try:
-        for command, said in ((failing, "exited with 3: no"), (hanging, "timed out")):
+        for command, said in ((failing, "exited with 1: no"), (hanging, "timed out")):
             await command.begin()
             with pytest.raises(CommandFailed, match=said):
                 await command.run("x")
