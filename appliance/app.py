@@ -205,7 +205,7 @@ def _build_watches(
     sources = Sources(
         read_inspection=read_inspection,
         is_forwarding=reconciler.is_forwarding,
-        read_counters=reconciler.read_counters,
+        read_counters=reconciler.read_canary_counters,
         find_token=lambda lane: pipeline.find_token(lane.profile),
         eve_file=settings.eve_file,
     )

@@ -31,6 +31,7 @@ from steering.events import (
 from steering.flows import PresentFlow, Program
 from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
+from steering.pipeline import CookieKind
 from steering.rush import GaveWay, Rush
 from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
@@ -226,8 +227,12 @@ class Reconciler:
         return await self._read_counters(self._switch.read_flow_counters)
 
     async def read_lane_counters(self) -> Counters:
-        """`read_counters` of lanes alone: what is asked every other second must not dump every flow."""
-        return await self._read_counters(self._switch.read_lane_counters)
+        """`read_counters` of lanes alone: what is asked all the time must not dump every flow."""
+        return await self._read_counters(lambda: self._switch.read_kind_counters(CookieKind.LANE))
+
+    async def read_canary_counters(self) -> Counters:
+        """`read_counters` of canaries alone."""
+        return await self._read_counters(lambda: self._switch.read_kind_counters(CookieKind.CANARY))
 
     async def _read_counters(
         self, read_flows: Callable[[], Awaitable[tuple[FlowCounter, ...]]]

@@ -218,7 +218,8 @@ class OpenFlowSwitch:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._parser, self._lane_parser = FlowParser(), FlowParser()
+        self._parser = FlowParser()
+        self._kind_parsers: dict[CookieKind, FlowParser] = {}
         # It connects once it has read its input, so one that waits knows nothing of the switch yet.
         argv = ("ovs-ofctl", *VERSION, "bundle", target, "-")
         self._bundles = SpareCommand(argv, timeout=SECONDS)
@@ -261,10 +262,11 @@ class OpenFlowSwitch:
     async def read_flow_counters(self) -> tuple[FlowCounter, ...]:
         return await self._parser.parse_slowly(await self._flow_lines(self.target, OURS))
 
-    async def read_lane_counters(self) -> tuple[FlowCounter, ...]:
-        """`read_flow_counters` of the flows of lanes only."""
-        kind = f"cookie={build_cookie(CookieKind.LANE):#x}/{KIND_MASK:#x}"
-        return self._lane_parser.parse(await self._flow_lines(self.target, kind))
+    async def read_kind_counters(self, kind: CookieKind) -> tuple[FlowCounter, ...]:
+        """`read_flow_counters` of the flows of one kind only."""
+        parser = self._kind_parsers.setdefault(kind, FlowParser())
+        cookie = f"cookie={build_cookie(kind):#x}/{KIND_MASK:#x}"
+        return parser.parse(await self._flow_lines(self.target, cookie))
 
     async def read_group_counters(self) -> tuple[GroupCounter, ...]:
         text = await self._ofctl("dump-group-stats", self.target)
