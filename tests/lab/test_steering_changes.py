@@ -16,6 +16,7 @@ import pytest
 
 from appliance.lab import LabState, add_vm, remove_vm
 from steering.diff import Bundle
+from steering.errors import HairpinError
 from steering.model import (
     Direct,
     Family,
@@ -32,6 +33,8 @@ from steering.model import (
     Zone,
 )
 from steering.pipeline import CookieKind, parse_cookie
+from steering.run import run
+from steering.switch.openflow import OpenFlowSwitch
 from tests.support.lab import run_in_vm
 from tests.support.spray import FIRST_PORT, PORTS, spray
 from tests.support.wire import Follower, follow, wire_first_lane
@@ -139,6 +142,46 @@ async def test_a_vm_that_arrives_or_goes_lets_no_packet_round_the_engine(
             await asyncio.sleep(0.3)
     assert told.sent > RATE
     assert told.arrived == set()
+
+
+async def test_what_can_not_be_recorded_is_taken_back(follower: Follower) -> None:
+    reconciler, sets = follower.reconciler, build_sets(follower.lab)
+    await reconciler.apply(sets[0])
+    before = await read_flows(follower.lab)
+
+    async def refuse() -> None:
+        await asyncio.sleep(0.05)
+        raise HairpinError("the store is full")
+
+    with pytest.raises(HairpinError, match="the store is full"):
+        await reconciler.apply(sets[4], refuse)
+    assert reconciler.policies == sets[0]
+    assert await read_flows(follower.lab) == before
+    assert not (await reconciler.apply(sets[0])).bundle
+
+
+async def test_what_others_change_right_after_a_change_of_ours_is_mended_at_once(
+    follower: Follower,
+) -> None:
+    """The flow monitor tells of both; ours must not hide theirs."""
+    reconciler, sets = follower.reconciler, build_sets(follower.lab)
+    for policies in (*sets, sets[0]):
+        await reconciler.apply(policies)
+        before = await read_flows(follower.lab)
+        run(
+            follower.lab.ofctl_argv(
+                ["del-flows", "table=40,cookie=0x4850030000000000/0xffffff0000000000"]
+            )
+        )
+        began = time.monotonic()
+        while await read_flows(follower.lab) != before:
+            assert time.monotonic() - began < 1.5, "not within what a full check takes anyway"
+            await asyncio.sleep(0.02)
+
+
+async def read_flows(lab: LabState) -> set[tuple[object, ...]]:
+    present = await OpenFlowSwitch(lab.openflow).read_present()
+    return {(flow.key, flow.actions, flow.cookie) for flow in present.flows}
 
 
 def count_vms(follower: Follower) -> int:
