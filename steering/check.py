@@ -41,20 +41,21 @@ class Checker:
         self._legs: frozenset[int] = frozenset()
         self._pieces: frozenset[Piece] = frozenset()
         self._keys: set[FlowKey] = set()
-        self._index = FlowIndex(0)
+        self._canary = 0
+        self._index = FlowIndex({})
 
     def check(self, program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
         """As `check_program`."""
         legs = _find_legs(lanes)
-        if (legs, canary) != (self._legs, self._index.in_port):
+        if (legs, canary) != (self._legs, self._canary):
+            self._legs, self._canary = legs, canary
             self._forget()
-            self._legs, self._index = legs, FlowIndex(canary)
         faults = (
             *self._follow(program),
             *_check_legs(self._keys, legs),
             *_check_lanes(program, lanes),
             *_check_groups(program),
-            *(_check_canary(self._index, lanes) if canary > 0 else ()),
+            *(_check_canary(self._index, lanes, canary) if canary > 0 else ()),
         )
         if faults:
             self._forget()  # what was passed as sound is all that may be left out the next time
@@ -62,7 +63,7 @@ class Checker:
 
     def _forget(self) -> None:
         self._pieces, self._keys = frozenset(), set()
-        self._index = FlowIndex(self._index.in_port)
+        self._index = FlowIndex({"in_port": str(self._canary)})
 
     def _follow(self, program: Program) -> Iterator[str]:
         pieces = frozenset(program.pieces)
@@ -161,9 +162,9 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
                     yield f"group {group} does not fail {on_failure}"
 
 
-def _check_canary(index: FlowIndex, lanes: Sequence[Lane]) -> Iterator[str]:
+def _check_canary(index: FlowIndex, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
     """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
-    reached, canary = find_reached_in(index), index.in_port
+    reached = find_reached_in(index)
     for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
         if table in reached.tables:
             yield f"the canary's port {canary} reaches {table.name}"

@@ -62,14 +62,15 @@ class _Level:
 
 
 class FlowIndex:
-    """Flows that frames from one port may meet, by what may meet them.
+    """Flows that frames of a kind may meet, by what may meet them.
 
-    Kept from one program to the next, so a change costs what it changes.
+    Kept from one program to the next, so a change costs what it changes. ``known``: as for `find_reached`.
     """
 
-    def __init__(self, in_port: int, flows: Iterable[Flow] = ()) -> None:
-        self.in_port = in_port
-        self._other = re.compile(rf"(?:^|,)in_port=(?!{in_port}(?:,|$))")
+    def __init__(self, known: Fields, flows: Iterable[Flow] = ()) -> None:
+        self.known = dict(known)
+        here = re.escape(self.known["in_port"]) if "in_port" in known else "[^,]*"
+        self._other = re.compile(rf"(?:^|,)in_port=(?!{here}(?:,|$))")
         self._tables: dict[int, dict[int, _Level]] = {}
         for flow in flows:
             self.add(flow)
@@ -128,16 +129,16 @@ def _find_telling(fields: Fields) -> tuple[str, str] | None:
     return None
 
 
-def find_reached(program: Program, in_port: int) -> Reached:
-    """Where frames from this port may get to, from CLASSIFY on."""
-    return find_reached_in(FlowIndex(in_port, program.flows))
+def find_reached(program: Program, known: Fields) -> Reached:
+    """From CLASSIFY on. ``known``: fields as a match has them, e.g. ``{"in_port": "7"}``."""
+    return find_reached_in(FlowIndex(known, program.flows))
 
 
 def find_reached_in(index: FlowIndex) -> Reached:
     """`find_reached` of the flows of an index."""
     seen: set[tuple[int, frozenset[tuple[str, str]]]] = set()
     groups: set[int] = set()
-    left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, {"in_port": str(index.in_port)})]
+    left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, index.known)]
     while left:
         number, frame = left.pop()
         state = number, frozenset(frame.items())

@@ -35,7 +35,7 @@ from steering.pipeline import CookieKind
 from steering.rush import GaveWay, Rush
 from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
-from steering.switch.openflow import FlowCounter, LearnedAddress, OpenFlowSwitch
+from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
 from steering.tasks import cancel_all
 from steering.widths import find_width_problems
@@ -76,6 +76,10 @@ class SwitchStatus:
     ovs_version: str
     datapath_type: str
     problems: tuple[str, ...]
+
+
+async def _record_nothing() -> None:
+    pass
 
 
 class Reconciler:
@@ -224,21 +228,21 @@ class Reconciler:
 
     async def read_counters(self) -> Counters:
         """Packets and bytes per policy, lane and drop reason. Raises SwitchError."""
-        return await self._read_counters(self._switch.read_flow_counters)
+        return await self._read_counters(None)
 
     async def read_lane_counters(self) -> Counters:
         """`read_counters` of lanes alone: what is asked all the time must not dump every flow."""
-        return await self._read_counters(lambda: self._switch.read_kind_counters(CookieKind.LANE))
+        return await self._read_counters(CookieKind.LANE)
 
     async def read_canary_counters(self) -> Counters:
         """`read_counters` of canaries alone."""
-        return await self._read_counters(lambda: self._switch.read_kind_counters(CookieKind.CANARY))
+        return await self._read_counters(CookieKind.CANARY)
 
-    async def _read_counters(
-        self, read_flows: Callable[[], Awaitable[tuple[FlowCounter, ...]]]
-    ) -> Counters:
+    async def _read_counters(self, kind: CookieKind | None) -> Counters:
         await self.rush.wait_free_async()
-        flows, groups = await asyncio.gather(read_flows(), self._switch.read_group_counters())
+        flows, groups = await asyncio.gather(
+            self._switch.read_flow_counters(kind), self._switch.read_group_counters()
+        )
         policies, lanes = self._policies, self.lanes
         tallies = find_tallies(
             [(item.flow.key, item.flow.cookie, item.packets, item.bytes) for item in flows],
@@ -277,7 +281,7 @@ class Reconciler:
             return await self._plan(policies, await self._remember(self._find_observed(policies)))
 
     async def apply(
-        self, policies: PolicySet, record: Callable[[], Awaitable[None]] | None = None
+        self, policies: PolicySet, record: Callable[[], Awaitable[None]] = _record_nothing
     ) -> Applied:
         """Put ``policies`` in force: one bundle, then read back until equal.
 
@@ -295,7 +299,7 @@ class Reconciler:
                 observed = await self._remember(self._find_observed(policies))
                 if policies.policies:
                     self._check_may_steer()
-                recording = asyncio.ensure_future(_record(record))
+                recording = asyncio.ensure_future(record())
                 try:
                     plan = await self._put(policies, observed)
                 except BaseException:
@@ -595,8 +599,3 @@ class Reconciler:
                     seconds,
                 )
             )
-
-
-async def _record(record: Callable[[], Awaitable[None]] | None) -> None:
-    if record is not None:
-        await record()

@@ -259,11 +259,10 @@ class OpenFlowSwitch:
         groups = [parse_group(line) for line in text.splitlines()]
         return frozenset(g for g in groups if g is not None and is_ours(g.group_id))
 
-    async def read_flow_counters(self) -> tuple[FlowCounter, ...]:
-        return await self._parser.parse_slowly(await self._flow_lines(self.target, OURS))
-
-    async def read_kind_counters(self, kind: CookieKind) -> tuple[FlowCounter, ...]:
-        """`read_flow_counters` of the flows of one kind only."""
+    async def read_flow_counters(self, kind: CookieKind | None = None) -> tuple[FlowCounter, ...]:
+        """Of one kind's flows, or of all."""
+        if kind is None:
+            return await self._parser.parse_slowly(await self._flow_lines(self.target, OURS))
         parser = self._kind_parsers.setdefault(kind, FlowParser())
         cookie = f"cookie={build_cookie(kind):#x}/{KIND_MASK:#x}"
         return parser.parse(await self._flow_lines(self.target, cookie))

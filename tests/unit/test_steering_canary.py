@@ -112,7 +112,7 @@ def test_the_check_finds_a_way_out_for_the_canarys_port() -> None:
         (Flow(Table.COMMIT, 200, "", "resubmit(,70)", 0), "DELIVER"),
     ):
         flows = sorted((*program.flows, flow), key=lambda one: (one.key.table, -one.priority))
-        reached = find_reached(Program(tuple(flows), program.groups), CANARY)
+        reached = find_reached(Program(tuple(flows), program.groups), {"in_port": str(CANARY)})
         assert Table[where] in reached.tables, flow
         told = check_program(Program(tuple(flows), program.groups), LANES, CANARY)
         assert f"the canary's port {CANARY} reaches {where}" in told
