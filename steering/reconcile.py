@@ -287,7 +287,6 @@ class Reconciler:
 
         ``record`` is begun once it is known that the switch can do it, and runs beside: a disk may take
         longer than the change. Should it fail, what was in force before is put back.
-
         Raises WrongInput, SwitchError, or what ``record`` does; then what was in force before still is.
         """
         began = time.monotonic()
