@@ -82,6 +82,14 @@ async def _record_nothing() -> None:
     pass
 
 
+def _build_mismatch(left: Bundle, done: str) -> SwitchError:
+    return SwitchError(
+        f"the switch reads back other than it was told in {len(left.changes)} places, "
+        f"first: {left.changes[0].kind} {left.changes[0].text}",
+        f"{done}; check for another controller",
+    )
+
+
 class Reconciler:
     """Keeps one bridge equal to what the policies in force mean for the VMs that are there.
 
@@ -318,11 +326,7 @@ class Reconciler:
                     left = await self._find_difference(plan.program)
                 if left:
                     await self._restore(former)
-                    raise SwitchError(
-                        f"the switch reads back other than it was told in {len(left.changes)} places, "
-                        f"first: {left.changes[0].kind} {left.changes[0].text}",
-                        "what was in force before was put back; check for another controller",
-                    )
+                    raise _build_mismatch(left, "what was in force before was put back")
                 quarantined = self._policies.quarantined
                 self._policies = replace(policies, quarantined=quarantined)
                 self._settled = self._standing = plan.program
@@ -553,20 +557,22 @@ class Reconciler:
                 return
         observed = await self._remember(observed)
         program = self._compile(self._policies, observed)
-        bundle = await self.rush.give_way(lambda: self._find_difference(program))
-        moved = self._find_moved_ports(observed)
-        for ofport in moved:
+        for ofport in self._find_moved_ports(observed):
             await self._switch.forget_addresses(ofport)
+        # What came or went need not wait for all to be read.
+        ahead = Bundle() if self._standing is None else build_change(program, self._standing)
+        if ahead:
+            self._standing = None
+            await self._send(ahead)
+            self._standing = program
+        bundle = await self.rush.give_way(lambda: self._find_difference(program))
         self._standing = None
         if bundle:
             await self._send(bundle)
             left = await self._find_difference(program)
             if left:
-                raise SwitchError(
-                    f"the switch reads back other than it was told in {len(left.changes)} places, "
-                    f"first: {left.changes[0].kind} {left.changes[0].text}",
-                    "it is tried again; check for another controller",
-                )
+                raise _build_mismatch(left, "it is tried again")
+        bundle = Bundle((*ahead.changes, *bundle.changes))
         before, self._settled = self._settled, program
         self._standing, drift = program, program == before
         self._tell(observed, bundle, time.monotonic() - began, drift=drift and before is not None)
