@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
 from steering.addresses import AddressTeller
+from steering.change import Applied, Plan, SwitchStatus, build_mismatch
 from steering.check import Checker
 from steering.compile import compile_program, find_steerable_ports
 from steering.compile_quarantine import find_quarantine_flows
@@ -48,46 +49,8 @@ RETRY_SECONDS = 0.2
 OWN_CHANGE_SECONDS = 2.0  # until which the flow monitor has told of what we changed ourselves
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What applying would do: the program wanted, and the bundle that leads there."""
-
-    program: Program
-    bundle: Bundle
-    observed: Observed
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What was done. ``seconds`` from the call to the verified read-back."""
-
-    bundle: Bundle
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SwitchStatus:
-    """``reachable`` False: ``reason`` says why, since ``since``."""
-
-    reachable: bool
-    reason: str
-    since: float
-    fail_mode: str
-    ovs_version: str
-    datapath_type: str
-    problems: tuple[str, ...]
-
-
 async def _record_nothing() -> None:
     pass
-
-
-def _build_mismatch(left: Bundle, done: str) -> SwitchError:
-    return SwitchError(
-        f"the switch reads back other than it was told in {len(left.changes)} places, "
-        f"first: {left.changes[0].kind} {left.changes[0].text}",
-        f"{done}; check for another controller",
-    )
 
 
 class Reconciler:
@@ -136,7 +99,7 @@ class Reconciler:
         self._owners: dict[int, str] = {}
         self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread, canary)
         self._monitor = FlowMonitor(
-            openflow, self._take_address, self._take_flow_change, self._wake.set
+            openflow, self._take_address, self._take_flow_change, self._doubt
         )
 
     # What is seen
@@ -326,7 +289,7 @@ class Reconciler:
                     left = await self._find_difference(plan.program)
                 if left:
                     await self._restore(former)
-                    raise _build_mismatch(left, "what was in force before was put back")
+                    raise build_mismatch(left, "what was in force before was put back")
                 quarantined = self._policies.quarantined
                 self._policies = replace(policies, quarantined=quarantined)
                 self._settled = self._standing = plan.program
@@ -464,7 +427,12 @@ class Reconciler:
             self._own_changes -= 1
         else:
             self._own_changes = 0
-            self._wake.set()
+            self._doubt()
+
+    def _doubt(self) -> None:
+        """What stands may be other than what was read back last: all is to be read before more is sent."""
+        self._standing = None
+        self._wake.set()
 
     def _take_view_from_thread(self, view: SwitchView | None) -> None:
         loop = self._loop
@@ -571,7 +539,7 @@ class Reconciler:
             await self._send(bundle)
             left = await self._find_difference(program)
             if left:
-                raise _build_mismatch(left, "it is tried again")
+                raise build_mismatch(left, "it is tried again")
         bundle = Bundle((*ahead.changes, *bundle.changes))
         before, self._settled = self._settled, program
         self._standing, drift = program, program == before
