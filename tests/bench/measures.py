@@ -29,7 +29,7 @@ class Effort:
     elephants: int
 
 
-WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=30, elephants=40)
+WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=100, elephants=40)
 QUICK = Effort(rounds=1, seconds=1.0, pings=100, changes=2, elephants=5)
 
 Measure = Callable[[Stage, Effort], Iterable[Row]]
