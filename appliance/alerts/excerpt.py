@@ -15,6 +15,7 @@ from typing import Any
 RAW_IP = 12  # DLT_RAW of libpcap: the packet begins at its IP header
 TCP = 6
 _IPV6_HEADER = 40
+_PRINTABLE = bytes(one if 32 <= one < 127 or one in (10, 13) else ord(".") for one in range(256))
 
 
 def find_segment(event: Mapping[str, Any]) -> bytes:
@@ -22,7 +23,12 @@ def find_segment(event: Mapping[str, Any]) -> bytes:
     info = event.get("packet_info")
     if event.get("stream") != 1 or not isinstance(info, dict) or info.get("linktype") != RAW_IP:
         return b""
-    packet = read_base64(event.get("packet"))
+    return cut_segment(event.get("packet"))
+
+
+def cut_segment(value: object) -> bytes:
+    """What a TCP packet (base64 of a raw IP packet) carries; nothing where it is none."""
+    packet = read_base64(value)
     if not packet:
         return b""
     version = packet[0] >> 4
@@ -47,9 +53,16 @@ def append_segment(payload: object, printable: str, segment: bytes, limit: int) 
     return base64.b64encode(stream[-limit:]).decode(), printable[-limit:]
 
 
+def append_printable(payload: object, printable: str, segment: bytes, limit: int) -> str:
+    """The second of `append_segment` alone."""
+    if not read_base64(payload).endswith(segment):
+        printable += render_printable(segment)
+    return printable[-limit:]
+
+
 def render_printable(data: bytes) -> str:
     """As the engine does in `payload_printable`: anything but ASCII text and line ends is a dot."""
-    return "".join(chr(one) if 32 <= one < 127 or one in (10, 13) else "." for one in data)
+    return data.translate(_PRINTABLE).decode("ascii")
 
 
 def read_base64(value: object) -> bytes:
