@@ -353,7 +353,7 @@ def _connect_writer(path: Path) -> sqlite3.Connection:
         "synchronous = FULL",
         "secure_delete = OFF",
         "cache_size = -65536",
-        "wal_autocheckpoint = 4000",
+        "wal_autocheckpoint = 1000",
         "journal_size_limit = 67108864",
     ):
         connection.execute(f"PRAGMA {pragma}")
