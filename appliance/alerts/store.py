@@ -16,6 +16,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,8 +64,15 @@ class Store:
     StoreError when it can't be opened or another process owns it. Close it with `close`.
     """
 
-    def __init__(self, path: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.path = path
+        self._clock = clock
         self._limits = limits or Limits()
         self._lock = _lock_owner(path)
         self._local = threading.local()
@@ -179,7 +187,9 @@ class Store:
             connection.execute("PRAGMA journal_size_limit=67108864")
             database = Database(connection, execute_plugins=False)
             migrations.apply(database)
-            self._partitions = Partitions(find_directory(self.path), database, self._limits)
+            self._partitions = Partitions(
+                find_directory(self.path), database, self._limits, self._clock
+            )
             return database
         except sqlite3.Error as fault:
             raise explain_fault(self.path, fault) from fault
