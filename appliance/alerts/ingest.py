@@ -44,7 +44,7 @@ from steering.model import Lane
 log = structlog.get_logger("ingest")
 
 POLL_SECONDS = 0.1
-BATCH_LINES = 4096
+BATCH_LINES = 8192
 GRACE_SECONDS = 10.0
 _BACKOFF_SECONDS = (0.1, 5.0)
 _FINISHED_KEPT = 16

@@ -1,8 +1,9 @@
 """Questions about the alerts of one partition. SQL is built of the program's own words and numbers.
 
 Ids in here are rows, from 1; the partition's base is added at the end. Alerts are found in the order of
-their rows, by the index that is expected to meet the fewest: that of a VM or of a signature, else by
-walking. A substring is looked for in the signatures' texts, and in the blocks whose sieve has it.
+their rows: of the full blocks only those are read whose marks have what is wanted (a VM, a signature, an
+address, ...), the rest is walked. A substring is looked for in the signatures' texts, and in the texts of
+the blocks whose sieve has it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import zstandard
@@ -19,15 +20,16 @@ from sqlite_utils import Database
 from appliance.alerts import sieve
 from appliance.alerts.eve import parse_event
 from appliance.alerts.model import Alert, Endpoint, EveAlert, Http, Opener, Signature, Verdict
-from appliance.alerts.partition import CHUNK_ALERTS, Partition
+from appliance.alerts.partition import CHUNK_ALERTS, Mark, Partition
 from appliance.alerts.wanted import AlertFilter, read_address
 from steering.model import Family
 
-_FEW_ALERTS = 5_000
-"""So many are sorted sooner than a partition is walked until enough of them are met."""
-_MANY_BRANCHES = 64
+_RUN_BLOCKS = 16
+"""So many neighbouring blocks are asked of at once."""
 _BLOCK = sieve.BLOCK_ALERTS
 
+_NAMED = "SELECT id FROM ends WHERE ?1 IN (vm_id, vm)"
+_ZONED = "SELECT id FROM ends WHERE ? IN (SELECT value FROM json_each(zones))"
 _SELECT = """SELECT a.*, b.stored_at, l.lane AS lane_name, l.profile,
  s.sid, s.gid, s.rev, s.signature AS signature_text, s.category, s.severity, s.cves,
  s.affected_products, a.id AS row,
@@ -41,19 +43,25 @@ _SELECT = """SELECT a.*, b.stored_at, l.lane AS lane_name, l.profile,
  WHERE a.id IN (SELECT value FROM json_each(?)) ORDER BY a.id"""
 
 
+_Need = tuple[Mark, tuple[Any, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """``where``: what a row of `alerts` must fulfil; ``branches``: conditions of which one must hold,
+    """``where``: what a row of `alerts` must fulfil; ``needs``: marks of which a block has at least one,
 
-    each by an index, () for a walk over all rows between ``least`` and ``most``.
+    of each need. Rows are between ``least`` and ``most``.
     """
 
     where: tuple[str, ...]
     values: dict[str, Any]
-    branches: tuple[str, ...]
+    needs: tuple[_Need, ...]
     least: int
     most: int
-    nothing: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return self.least > self.most or any(not keys for _, keys in self.needs)
 
 
 def find_alerts_in(
@@ -93,7 +101,11 @@ def read_alerts(db: Database, partition: Partition, rows: Sequence[int]) -> list
 
 def find_last(db: Database) -> int:
     """The newest row; 0 when there is none."""
-    return int(db.conn.execute("SELECT coalesce(max(id), 0) FROM alerts").fetchone()[0])
+    return find_last_row(db.conn)
+
+
+def find_last_row(conn: sqlite3.Connection) -> int:
+    return int(conn.execute("SELECT coalesce(max(id), 0) FROM alerts").fetchone()[0])
 
 
 def count_signatures(
@@ -121,62 +133,51 @@ def _plan(
 ) -> _Plan:
     where: list[str] = []
     values: dict[str, Any] = {}
-    branches: list[str] = []
-    nothing = False
+    needs: list[_Need] = []
 
-    def find(sql: str, value: object) -> list[int]:
-        return [int(row[0]) for row in conn.execute(sql, (value,))]
+    def find(sql: str, value: object) -> tuple[int, ...]:
+        return tuple(int(row[0]) for row in conn.execute(sql, (value,)))
 
     for side, name in (("source", wanted.source_vm), ("destination", wanted.destination_vm)):
         if name is not None:
-            ends = find("SELECT id FROM ends WHERE ?1 IN (vm_id, vm)", name)
-            nothing |= not ends
-            where.append(f"+{side}_end IN ({_join(ends)})")
-            branches = branches or [f"{side}_end = {end}" for end in ends]
-    if wanted.vm is not None:
-        ends = find("SELECT id FROM ends WHERE ?1 IN (vm_id, vm)", wanted.vm)
-        nothing |= not ends
-        where.append(f"(+source_end IN ({_join(ends)}) OR +destination_end IN ({_join(ends)}))")
-        branches = branches or [
-            f"{side}_end = {end}" for end in ends for side in ("source", "destination")
-        ]
-    if wanted.zone is not None:
-        ends = find(
-            "SELECT id FROM ends WHERE ? IN (SELECT value FROM json_each(zones))", wanted.zone
-        )
-        nothing |= not ends
-        where.append(f"(+source_end IN ({_join(ends)}) OR +destination_end IN ({_join(ends)}))")
+            ends = find(_NAMED, name)
+            where.append(f"{side}_end IN ({_join(ends)})")
+            needs.append((Mark.END, ends))
+    for sql, name in ((_NAMED, wanted.vm), (_ZONED, wanted.zone)):
+        if name is not None:
+            ends = find(sql, name)
+            where.append(f"(source_end IN ({_join(ends)}) OR destination_end IN ({_join(ends)}))")
+            needs.append((Mark.END, ends))
     if wanted.address is not None:
         values["address"] = read_address(wanted.address)
         where.append(":address IN (source_address, destination_address)")
+        needs.append((Mark.ADDRESS, (values["address"],)))
     if wanted.policy is not None:
         policies = find("SELECT id FROM policies WHERE policy = ?", wanted.policy)
-        nothing |= not policies
         where.append(f"policy IN ({_join(policies)})")
+        needs.append((Mark.POLICY, policies))
     if wanted.lane is not None:
         lanes = find("SELECT id FROM lanes WHERE lane = ?", wanted.lane)
-        nothing |= not lanes
         where.append(f"lane IN ({_join(lanes)})")
+        needs.append((Mark.LANE, lanes))
     if wanted.verdict is not None:
-        where.append(f"blocked = {int(wanted.verdict is Verdict.BLOCKED)}")
-    if len(branches) > 2 * _MANY_BRANCHES:
-        branches = []
+        blocked = int(wanted.verdict is Verdict.BLOCKED)
+        where.append(f"blocked = {blocked}")
+        needs.append((Mark.BLOCKED, (blocked,)))
     signatures = _find_signatures(conn, wanted)
     if signatures is not None:
-        nothing |= not signatures
-        where.append(f"+signature IN ({_join(signatures)})")
-        if not nothing:
-            branches = _choose_signatures(conn, signatures, branches)
+        where.append(f"signature IN ({_join(signatures)})")
+        needs.append((Mark.SIGNATURE, signatures))
     least, most = _find_bounds(conn, partition, wanted, after, ascending)
     for operator, at in ((">=", wanted.since), ("<", wanted.until)):
         if at is not None:
             name = "since" if operator == ">=" else "until"
             where.append(f"at {operator} :{name}")
             values[name] = at
-    return _Plan(tuple(where), values, tuple(branches), least, most, nothing or least > most)
+    return _Plan(tuple(where), values, tuple(needs), least, most)
 
 
-def _find_signatures(conn: sqlite3.Connection, wanted: AlertFilter) -> list[int] | None:
+def _find_signatures(conn: sqlite3.Connection, wanted: AlertFilter) -> tuple[int, ...] | None:
     """The numbers of the signatures that are wanted; None where any is."""
     where: list[str] = []
     values: list[Any] = []
@@ -189,22 +190,7 @@ def _find_signatures(conn: sqlite3.Connection, wanted: AlertFilter) -> list[int]
     if not where:
         return None
     sql = f"SELECT id FROM signatures WHERE {' AND '.join(where)}"  # noqa: S608
-    return [int(row[0]) for row in conn.execute(sql, values)]
-
-
-def _choose_signatures(
-    conn: sqlite3.Connection, signatures: Sequence[int], branches: list[str]
-) -> list[str]:
-    """By the signatures' index where that meets few alerts, or nothing better is known."""
-    sql = f"SELECT sum(alerts) FROM hours WHERE signature IN ({_join(signatures)})"  # noqa: S608
-    count = conn.execute(sql).fetchone()[0] or 0
-    if count <= _FEW_ALERTS:
-        return [f"signature IN ({_join(signatures)})"]
-    if branches:
-        return branches
-    if len(signatures) <= _MANY_BRANCHES:
-        return [f"signature = {number}" for number in signatures]
-    return []
+    return tuple(int(row[0]) for row in conn.execute(sql, values))
 
 
 def _find_bounds(
@@ -215,7 +201,7 @@ def _find_bounds(
     ascending: bool,
 ) -> tuple[int, int]:
     """The rows that may be wanted by their ids and, roughly, by their times."""
-    least, most = 1, 2**62
+    least, most = 1, find_last_row(conn)
     if after is not None:
         row = after - partition.base
         least, most = (max(row + 1, 1), most) if ascending else (least, row - 1)
@@ -231,20 +217,45 @@ def _find_bounds(
     return least, most
 
 
-def _find_rows(
-    conn: sqlite3.Connection, plan: _Plan, limit: int, ascending: bool, more: str = ""
-) -> list[int]:
-    """The first ``limit`` rows of the plan; ``more`` is another condition, of every branch."""
+def _find_rows(conn: sqlite3.Connection, plan: _Plan, limit: int, ascending: bool) -> list[int]:
+    """The first ``limit`` rows of the plan."""
+    where = " AND ".join(("id >= :first AND id <= :last", *plan.where))
     order = "ASC" if ascending else "DESC"
-    found: set[int] = set()
-    values = {**plan.values, "least": plan.least, "most": plan.most, "limit": limit}
-    for branch in plan.branches or ("1",):
-        where = " AND ".join(
-            filter(None, ("id >= :least AND id <= :most", branch, *plan.where, more))
-        )
-        sql = f"SELECT id FROM alerts WHERE {where} ORDER BY id {order} LIMIT :limit"  # noqa: S608
-        found.update(row[0] for row in conn.execute(sql, values))
-    return sorted(found, reverse=not ascending)[:limit]
+    sql = f"SELECT id FROM alerts WHERE {where} ORDER BY id {order} LIMIT :limit"  # noqa: S608
+    found: list[int] = []
+    for first, last in _find_ranges(conn, plan, ascending):
+        values = {**plan.values, "first": first, "last": last, "limit": limit - len(found)}
+        found += [row[0] for row in conn.execute(sql, values)]
+        if len(found) >= limit:
+            break
+    return found
+
+
+def _find_ranges(
+    conn: sqlite3.Connection, plan: _Plan, ascending: bool
+) -> Iterator[tuple[int, int]]:
+    """First and last rows of where the plan's rows can be, in order."""
+    if not plan.needs:
+        yield plan.least, plan.most
+        return
+    rest = max(_count_full(conn) * _BLOCK + 1, plan.least), plan.most
+    if not ascending and rest[0] <= rest[1]:
+        yield rest
+    run: list[int] = []
+    for block in _sift_blocks(conn, plan, (), ascending):
+        if run and (abs(block - run[-1]) != 1 or len(run) >= _RUN_BLOCKS):
+            yield _bound_run(plan, run)
+            run = []
+        run.append(block)
+    if run:
+        yield _bound_run(plan, run)
+    if ascending and rest[0] <= rest[1]:
+        yield rest
+
+
+def _bound_run(plan: _Plan, run: Sequence[int]) -> tuple[int, int]:
+    first, last = min(run[0], run[-1]), max(run[0], run[-1])
+    return max(first * _BLOCK + 1, plan.least), min((last + 1) * _BLOCK, plan.most)
 
 
 def _find_text(
@@ -256,40 +267,35 @@ def _find_text(
     named = _find_signatures_with(conn, needle)
     found: set[int] = set()
     if named:
-        branches = list(plan.branches)
-        by_name = _Plan(
-            plan.where,
-            plan.values,
-            tuple(_choose_signatures(conn, named, branches)),
-            plan.least,
-            plan.most,
+        by_name = replace(
+            plan,
+            where=(*plan.where, f"signature IN ({_join(named)})"),
+            needs=(*plan.needs, (Mark.SIGNATURE, named)),
         )
-        more = f"+signature IN ({_join(named)})"
-        found.update(_find_rows(conn, by_name, limit, ascending, more))
+        found.update(_find_rows(conn, by_name, limit, ascending))
     # Beyond this row enough are known already.
     end = sorted(found, reverse=not ascending)[limit - 1] if len(found) >= limit else None
-    for met, row in enumerate(_search_blocks(conn, plan, needle, ascending), 1):
-        if end is not None and (row > end if ascending else row < end):
-            break
-        if row not in found:
-            found.add(row)
+    for met, row in enumerate(_search_blocks(conn, plan, needle, end, ascending), 1):
+        found.add(row)
         if met >= limit:
             break
     return sorted(found, reverse=not ascending)[:limit]
 
 
-def _find_signatures_with(conn: sqlite3.Connection, needle: bytes) -> list[int]:
-    return [
+def _find_signatures_with(conn: sqlite3.Connection, needle: bytes) -> tuple[int, ...]:
+    return tuple(
         number
         for number, text in conn.execute("SELECT id, signature FROM signatures")
         if needle in text.encode("utf-8", "surrogatepass").lower()
-    ]
+    )
 
 
 def _search_blocks(
-    conn: sqlite3.Connection, plan: _Plan, needle: bytes, ascending: bool
+    conn: sqlite3.Connection, plan: _Plan, needle: bytes, end: int | None, ascending: bool
 ) -> Iterator[int]:
-    """Rows with ``needle`` in URL or payload that fulfil the plan, in order."""
+    """Rows up to ``end`` with ``needle`` in URL or payload that fulfil the plan, in order."""
+    if end is not None:
+        plan = replace(plan, most=end) if ascending else replace(plan, least=end)
     unpack = zstandard.ZstdDecompressor().decompress
     check = " AND ".join(("id IN (SELECT value FROM json_each(:rows))", *plan.where))
     order = "ASC" if ascending else "DESC"
@@ -328,19 +334,14 @@ def _find_pieces(
     conn: sqlite3.Connection, plan: _Plan, needle: bytes, ascending: bool
 ) -> Iterator[int]:
     """The first rows of the texts that may hold ``needle``, in order: of full blocks, and of the rest."""
-    last = int(conn.execute("SELECT coalesce(max(id), 0) FROM alerts").fetchone()[0])
-    most = min(plan.most, last)
-    if most < plan.least:
-        return
-    full = last // _BLOCK
-    least_block, end_block = (plan.least - 1) // _BLOCK, min((most - 1) // _BLOCK + 1, full)
+    full = _count_full(conn)
 
     def rest() -> list[int]:
         sql = "SELECT first FROM texts WHERE first > ? ORDER BY first"
         found = [int(row[0]) for row in conn.execute(sql, (full * _BLOCK,))]
         return found if ascending else found[::-1]
 
-    blocks = _sift_blocks(conn, sieve.find_slots(needle), least_block, end_block, ascending)
+    blocks = _sift_blocks(conn, plan, sieve.find_slots(needle), ascending)
     if ascending:
         yield from (block * _BLOCK + 1 for block in blocks)
         yield from rest()
@@ -349,27 +350,65 @@ def _find_pieces(
         yield from (block * _BLOCK + 1 for block in blocks)
 
 
+def _count_full(conn: sqlite3.Connection) -> int:
+    return find_last_row(conn) // _BLOCK
+
+
 def _sift_blocks(
-    conn: sqlite3.Connection, slots: tuple[int, ...], least: int, end: int, ascending: bool
+    conn: sqlite3.Connection, plan: _Plan, slots: tuple[int, ...], ascending: bool
 ) -> Iterator[int]:
-    """Of the blocks from ``least`` to before ``end`` those whose sieve has all ``slots``."""
+    """The full blocks of the plan's rows that have its marks and whose sieve has all ``slots``."""
     size = sieve.GROUP_BLOCKS
+    least = (plan.least - 1) // _BLOCK
+    end = min((plan.most - 1) // _BLOCK + 1, _count_full(conn))
     groups: Sequence[int] = range(least // size, (end - 1) // size + 1) if end > least else ()
     for group in groups if ascending else reversed(groups):
         blocks = range(max(group * size, least), min((group + 1) * size, end))
-        found: Sequence[int] = blocks
-        if slots:
-            numbers = [group * sieve.PAGES + page for page in sieve.find_pages(slots)]
-            sql = f"SELECT page, bits FROM grams WHERE page IN ({_join(numbers)})"  # noqa: S608
-            pages = {page - group * sieve.PAGES: bits for page, bits in conn.execute(sql)}
-            if pages:
-                sifted = {group * size + block for block in sieve.sift_group(pages, slots)}
-                found = [block for block in blocks if block in sifted]
-            else:
-                sql = "SELECT block, bits FROM sieves WHERE block >= ? AND block < ?"
-                passed = conn.execute(sql, (blocks.start, blocks.stop))
-                found = sorted(block for block, bits in passed if sieve.may_hold(bits, slots))
-        yield from found if ascending else reversed(found)
+        left = sieve.ALL_BLOCKS
+        for mark, keys in plan.needs:
+            left &= _read_marks(conn, group, mark, keys)
+            if not left:
+                break
+        if left and slots:
+            left &= _read_sieves(conn, group, blocks, slots)
+        if left:
+            for block in blocks if ascending else reversed(blocks):
+                if left & sieve.find_bit(block):
+                    yield block
+
+
+def _read_marks(conn: sqlite3.Connection, group: int, mark: Mark, keys: tuple[Any, ...]) -> int:
+    """Bits of the group's blocks that have any of these."""
+    found = 0
+    if mark is Mark.ADDRESS:
+        rows = conn.execute(
+            "SELECT blocks FROM marks WHERE grp = ? AND kind = ? AND key = ?", (group, mark, *keys)
+        )
+    else:
+        rows = conn.execute(
+            "SELECT blocks FROM marks WHERE grp = ? AND kind = ?"  # noqa: S608 - numbers of ours
+            f" AND key IN ({_join(keys)})",
+            (group, mark),
+        )
+    for (bits,) in rows:
+        found |= int.from_bytes(bits, "big")
+    return found
+
+
+def _read_sieves(
+    conn: sqlite3.Connection, group: int, blocks: range, slots: tuple[int, ...]
+) -> int:
+    numbers = [group * sieve.PAGES + page for page in sieve.find_pages(slots)]
+    sql = f"SELECT page, bits FROM grams WHERE page IN ({_join(numbers)})"  # noqa: S608
+    pages = {page - group * sieve.PAGES: bits for page, bits in conn.execute(sql)}
+    if pages:
+        return sieve.sift_group(pages, slots)
+    found = 0
+    sql = "SELECT block, bits FROM sieves WHERE block >= ? AND block < ?"
+    for block, bits in conn.execute(sql, (blocks.start, blocks.stop)):
+        if sieve.may_hold(bits, slots):
+            found |= sieve.find_bit(block)
+    return found
 
 
 class _Raw:

@@ -18,7 +18,8 @@ GROUP_BLOCKS = 128
 PAGE_SLOTS = 128
 PAGES = (1 << BITS) // PAGE_SLOTS
 SIEVE_BYTES = (1 << BITS) // 8
-_ROW_BYTES = GROUP_BLOCKS // 8
+ROW_BYTES = GROUP_BLOCKS // 8
+ALL_BLOCKS = (1 << GROUP_BLOCKS) - 1
 _NEEDLE_SLOTS = 12
 _FACTOR = np.uint32(0x9E3779B1)
 _SHIFT = np.uint32(32 - BITS)
@@ -56,8 +57,8 @@ def turn_group(sieves: Sequence[bytes]) -> list[bytes]:
     bits = np.zeros((GROUP_BLOCKS, 1 << BITS), np.uint8)
     for number, sieve in enumerate(sieves):
         bits[number] = np.unpackbits(np.frombuffer(sieve, np.uint8))
-    turned = np.packbits(bits.T, axis=1).tobytes()
-    size = PAGE_SLOTS * _ROW_BYTES
+    turned = np.ascontiguousarray(np.packbits(bits, axis=0).T).tobytes()
+    size = PAGE_SLOTS * ROW_BYTES
     return [turned[start : start + size] for start in range(0, len(turned), size)]
 
 
@@ -65,15 +66,18 @@ def find_pages(slots: Iterable[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(slot // PAGE_SLOTS for slot in slots))
 
 
-def sift_group(pages: Mapping[int, bytes], slots: Iterable[int]) -> list[int]:
-    """The blocks of a group, from 0, that may hold the needle of ``slots``; ``pages`` by their number."""
-    left = (1 << GROUP_BLOCKS) - 1
+def sift_group(pages: Mapping[int, bytes], slots: Iterable[int]) -> int:
+    """Bits of the group's blocks that may hold the needle of ``slots``; ``pages`` by their number."""
+    left = ALL_BLOCKS
     for slot in slots:
-        start = slot % PAGE_SLOTS * _ROW_BYTES
-        left &= int.from_bytes(pages[slot // PAGE_SLOTS][start : start + _ROW_BYTES], "big")
-        if not left:
-            return []
-    return [n for n in range(GROUP_BLOCKS) if left >> (GROUP_BLOCKS - 1 - n) & 1]
+        start = slot % PAGE_SLOTS * ROW_BYTES
+        left &= int.from_bytes(pages[slot // PAGE_SLOTS][start : start + ROW_BYTES], "big")
+    return left
+
+
+def find_bit(block: int) -> int:
+    """A block's bit in its group."""
+    return 1 << (GROUP_BLOCKS - 1 - block % GROUP_BLOCKS)
 
 
 def _hash(

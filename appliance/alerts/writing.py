@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from typing import Any
 
 import zstandard
 from sqlite_utils import Database
@@ -19,7 +19,7 @@ from sqlite_utils import Database
 from appliance.alerts import sieve
 from appliance.alerts.attributor import Attribution
 from appliance.alerts.model import EveAlert, Rule
-from appliance.alerts.partition import CHUNK_ALERTS
+from appliance.alerts.partition import CHUNK_ALERTS, Mark
 from appliance.alerts.quick import KnownRule, Sighting
 from steering.decide import Subject
 from steering.model import Lane
@@ -30,6 +30,7 @@ _KEPT = 65_536
 _BLOCK = sieve.BLOCK_ALERTS
 
 Item = tuple[Sighting, Attribution]
+_Key = tuple[Mark, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class _Tail:
     start: int
     raw: list[bytes]
     text: list[str]
+    rows: list[tuple[Any, ...]]
 
 
 class Writer:
@@ -62,6 +64,7 @@ class Writer:
         self._attributions: dict[Attribution, tuple[object, ...]] = {}
         self.last = int(self._one("SELECT coalesce(max(id), 0) FROM alerts"))
         self._tail = self._load_tail()
+        self._marks = self._load_marks()
 
     def write(self, items: Sequence[Item], origin: Origin) -> None:
         """Append alerts; their rows are numbered on from ``last``."""
@@ -73,7 +76,7 @@ class Writer:
         if len(rules) > _KEPT or len(attributions) > _KEPT:
             rules.clear()
             attributions.clear()
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         counts: Counter[tuple[int, int, bool]] = Counter()
         for number, (seen, attribution) in enumerate(items, first):
             signature = rules.get(seen.known) or self._intern_rule(seen.known)
@@ -115,7 +118,9 @@ class Writer:
             ),
         )
         self._append(
-            [seen.raw for seen, _ in items], [f"{seen.url}\0{seen.printable}" for seen, _ in items]
+            [seen.raw for seen, _ in items],
+            [f"{seen.url}\0{seen.printable}" for seen, _ in items],
+            rows,
         )
 
     def finish(self, at: float) -> None:
@@ -127,27 +132,67 @@ class Writer:
             (at, self.last),
         )
 
-    def _append(self, raw: list[bytes], text: list[str]) -> None:
+    def _append(self, raw: list[bytes], text: list[str], rows: list[tuple[Any, ...]]) -> None:
         """Small batches are kept as they come until they fill a block, then packed together."""
         tail = self._tail
         begin = tail.start + len(tail.raw)
         tail.raw += raw
         tail.text += text
+        tail.rows += rows
         if len(tail.raw) < _BLOCK:
             self._pack(begin, raw, text)
             return
         if begin > tail.start:
             self._conn.execute("DELETE FROM chunks WHERE first >= ?", (tail.start,))
             self._conn.execute("DELETE FROM texts WHERE first >= ?", (tail.start,))
-        while len(tail.raw) >= _BLOCK:
-            self._pack(tail.start, tail.raw[:_BLOCK], tail.text[:_BLOCK], full=True)
-            del tail.raw[:_BLOCK], tail.text[:_BLOCK]
+        changed: set[_Key] = set()
+        place = 0
+        while len(tail.raw) - place >= _BLOCK:
+            end = place + _BLOCK
+            block = tail.start // _BLOCK
+            self._pack(tail.start, tail.raw[place:end], tail.text[place:end], block)
+            changed |= self._mark(block, tail.rows[place:end])
+            place = end
             tail.start += _BLOCK
+            if tail.start // _BLOCK % sieve.GROUP_BLOCKS == 0:
+                self._keep_marks(block // sieve.GROUP_BLOCKS, changed)
+                self._marks.clear()
+                changed.clear()
+        self._keep_marks(tail.start // _BLOCK // sieve.GROUP_BLOCKS, changed)
+        del tail.raw[:place], tail.text[:place], tail.rows[:place]
         if tail.raw:
             self._pack(tail.start, tail.raw, tail.text)
         self._turn()
 
-    def _pack(self, first: int, raw: list[bytes], text: list[str], *, full: bool = False) -> None:
+    def _mark(self, block: int, rows: list[tuple[Any, ...]]) -> set[_Key]:
+        """Note what a full block has; the marks that changed."""
+        found: set[_Key] = {(Mark.SIGNATURE, row[4]) for row in rows}
+        found.update([(Mark.ADDRESS, row[5]) for row in rows])
+        found.update([(Mark.ADDRESS, row[6]) for row in rows])
+        found.update([(Mark.END, row[7]) for row in rows])
+        found.update([(Mark.END, row[8]) for row in rows])
+        found.update([(Mark.POLICY, row[10]) for row in rows])
+        found.update({(Mark.LANE, row[2]) for row in rows})
+        found.update({(Mark.BLOCKED, int(row[3])) for row in rows})
+        marks, bit = self._marks, sieve.find_bit(block)
+        changed = {key for key in found if key[1] is not None}
+        for key in changed:
+            marks[key] = marks.get(key, 0) | bit
+        return changed
+
+    def _keep_marks(self, group: int, changed: set[_Key]) -> None:
+        marks = self._marks
+        self._conn.executemany(
+            "INSERT OR REPLACE INTO marks VALUES (?, ?, ?, ?)",
+            [
+                (group, int(kind), key, marks[kind, key].to_bytes(sieve.ROW_BYTES, "big"))
+                for kind, key in changed
+            ],
+        )
+
+    def _pack(
+        self, first: int, raw: list[bytes], text: list[str], block: int | None = None
+    ) -> None:
         compress = self._compress
         self._conn.executemany(
             "INSERT INTO chunks VALUES (?, ?)",
@@ -158,9 +203,9 @@ class Writer:
         )
         joined = "\0".join(text).encode().lower()
         self._conn.execute("INSERT INTO texts VALUES (?, ?)", (first, compress(joined)))
-        if full:
+        if block is not None:
             self._conn.execute(
-                "INSERT INTO sieves VALUES (?, ?)", (first // _BLOCK, sieve.build_sieve(joined))
+                "INSERT INTO sieves VALUES (?, ?)", (block, sieve.build_sieve(joined))
             )
 
     def _turn(self, *, partial: bool = False) -> None:
@@ -192,9 +237,18 @@ class Writer:
         for (data,) in self._conn.execute(
             "SELECT data FROM texts WHERE first >= ? ORDER BY first", (start,)
         ):
-            fields = iter(unpack(data).decode().split("\0"))
-            text += ["\0".join(pair) for pair in zip(fields, islice(fields, 0, None), strict=True)]
-        return _Tail(start, raw, text)
+            fields = unpack(data).decode().split("\0")
+            text += [
+                f"{url}\0{shown}" for url, shown in zip(fields[::2], fields[1::2], strict=True)
+            ]
+        rows = self._conn.execute("SELECT * FROM alerts WHERE id >= ? ORDER BY id", (start,))
+        return _Tail(start, raw, text, rows.fetchall())
+
+    def _load_marks(self) -> dict[_Key, int]:
+        """Those of the group that the next full block belongs to."""
+        group = self._tail.start // _BLOCK // sieve.GROUP_BLOCKS
+        found = self._conn.execute("SELECT kind, key, blocks FROM marks WHERE grp = ?", (group,))
+        return {(Mark(kind), key): int.from_bytes(bits, "big") for kind, key, bits in found}
 
     def _intern_lane(self, lane: Lane) -> int:
         values = (lane.name, str(lane.profile))

@@ -273,7 +273,7 @@ def test_a_sieve_never_hides_what_is_there(texts: list[bytes], needle: bytes) ->
     assert {n for n, text in enumerate(blocks) if needle in text} <= set(passed)
     pages = sieve.turn_group(sieves)
     chosen = {page: pages[page] for page in sieve.find_pages(slots)}
-    assert sieve.sift_group(chosen, slots) == passed
+    assert sieve.sift_group(chosen, slots) == sum(map(sieve.find_bit, passed))
 
 
 # Ids
