@@ -109,7 +109,11 @@ class _Event(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Event).decode
 _rules: dict[bytes, KnownRule] = {}
 _normalise_address = lru_cache(maxsize=65_536)(normalise_address)
-_normalise_protocol = lru_cache(maxsize=256)(normalise_protocol)
+
+
+@lru_cache(maxsize=256)
+def _normalise_protocol(name: str) -> str:
+    return normalise_protocol(bound_text(name, 32))
 
 
 def parse_line(line: bytes) -> tuple[Sighting | Malformed, ...]:
@@ -142,7 +146,8 @@ def parse_quickly(line: bytes) -> tuple[Sighting, ...] | None:
         source = _normalise_address(event.src_ip) if event.src_ip else None
         destination = _normalise_address(event.dest_ip) if event.dest_ip else None
         source_port = _check_port(event.src_port)
-        opener = _find_opener(event, source, source_port, destination)
+        destination_port = _check_port(event.dest_port)
+        opener = _find_opener(event, source, source_port, destination, destination_port)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     at = read_time(event.timestamp)
@@ -156,8 +161,8 @@ def parse_quickly(line: bytes) -> tuple[Sighting, ...] | None:
             source,
             destination,
             source_port,
-            _check_port(event.dest_port),
-            _normalise_protocol(bound_text(event.proto, 32)),
+            destination_port,
+            _normalise_protocol(event.proto),
             None if address is None else Family.IPV6 if ":" in address else Family.IPV4,
             opener,
             known.blocks or (event.verdict is not None and event.verdict.action == "drop"),
@@ -210,7 +215,11 @@ def _find_rule(raw: msgspec.Raw) -> KnownRule | None:
 
 
 def _find_opener(
-    event: _Event, source: str | None, source_port: int | None, destination: str | None
+    event: _Event,
+    source: str | None,
+    source_port: int | None,
+    destination: str | None,
+    destination_port: int | None,
 ) -> Opener | None:
     flow = event.flow
     if flow is not None and flow.src_ip is not msgspec.UNSET:
@@ -219,7 +228,7 @@ def _find_opener(
         port = _check_port(flow.src_port)
         if address == source and port == source_port:
             return Opener.SOURCE
-        if address == destination and port == _check_port(event.dest_port):
+        if address == destination and port == destination_port:
             return Opener.DESTINATION
     if event.direction == "to_server":
         return Opener.SOURCE

@@ -21,6 +21,11 @@ SIEVE_BYTES = (1 << BITS) // 8
 ROW_BYTES = GROUP_BLOCKS // 8
 ALL_BLOCKS = (1 << GROUP_BLOCKS) - 1
 _NEEDLE_SLOTS = 12
+_STEPS = (
+    (np.uint64(7), np.uint64(0x00AA00AA00AA00AA)),
+    (np.uint64(14), np.uint64(0x0000CCCC0000CCCC)),
+    (np.uint64(28), np.uint64(0x00000000F0F0F0F0)),
+)
 _FACTOR = np.uint32(0x9E3779B1)
 _SHIFT = np.uint32(32 - BITS)
 _THREE = np.uint32(0xFFFFFF)
@@ -54,10 +59,17 @@ def may_hold(sieve: bytes, slots: Iterable[int]) -> bool:
 
 def turn_group(sieves: Sequence[bytes]) -> list[bytes]:
     """The pages of a group: `PAGES` times a row of `GROUP_BLOCKS` bits for each of `PAGE_SLOTS` slots."""
-    bits = np.zeros((GROUP_BLOCKS, 1 << BITS), np.uint8)
-    for number, sieve in enumerate(sieves):
-        bits[number] = np.unpackbits(np.frombuffer(sieve, np.uint8))
-    turned = np.ascontiguousarray(np.packbits(bits, axis=0).T).tobytes()
+    bits = np.zeros((GROUP_BLOCKS, SIEVE_BYTES), np.uint8)
+    for number, one in enumerate(sieves):
+        bits[number] = np.frombuffer(one, np.uint8)
+    # Eight blocks by eight slots at a time, as one number of 64 bits (Hacker's Delight 7-3).
+    squares = np.ascontiguousarray(bits.reshape(ROW_BYTES, 8, SIEVE_BYTES).transpose(0, 2, 1))
+    x = squares.view(">u8").astype(np.uint64)
+    for shift, mask in _STEPS:
+        t = (x ^ (x >> shift)) & mask
+        x ^= t ^ (t << shift)
+    rows = x.astype(">u8").view(np.uint8).reshape(ROW_BYTES, 1 << BITS)
+    turned = np.ascontiguousarray(rows.T).tobytes()
     size = PAGE_SLOTS * ROW_BYTES
     return [turned[start : start + size] for start in range(0, len(turned), size)]
 

@@ -77,12 +77,10 @@ class Writer:
             rules.clear()
             attributions.clear()
         rows: list[tuple[Any, ...]] = []
-        counts: Counter[tuple[int, int, bool]] = Counter()
         for number, (seen, attribution) in enumerate(items, first):
             signature = rules.get(seen.known) or self._intern_rule(seen.known)
             told = attributions.get(attribution) or self._intern_attribution(attribution)
             at = seen.at
-            counts[int(at // HOUR), signature, seen.blocked] += 1
             rows.append(
                 (
                     number,
@@ -96,11 +94,12 @@ class Writer:
                     render_detail(seen.event) if seen.shrunk and seen.event else None,
                 )
             )
+        counts = Counter([(row[1] // HOUR, row[4], row[3]) for row in rows])
         self._conn.executemany("INSERT INTO alerts VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
         self._conn.executemany(
             "INSERT INTO hours VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
             " alerts = alerts + excluded.alerts, blocked = blocked + excluded.blocked",
-            [(hour, s, n, n if blocked else 0) for (hour, s, blocked), n in counts.items()],
+            [(int(hour), s, n, n if blocked else 0) for (hour, s, blocked), n in counts.items()],
         )
         times = [seen.at for seen, _ in items]
         self.last += len(items)

@@ -54,7 +54,7 @@ class Lines:
         rnd = self._random
         self._at += self._step
         self._flow += 1
-        source = rnd.randrange(VMS)
+        source = int(VMS * rnd.random() ** 2)  # some VMs are spoken of more than others
         destination = (source + 1 + rnd.randrange(PEERS)) % VMS
         # Some rules fire a hundred times as often as others.
         signature = self._signatures[int(SIGNATURES * rnd.random() ** 3)]
