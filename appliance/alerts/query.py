@@ -140,7 +140,7 @@ async def find_top_signatures(
     after ``until``. Raises WrongInput for a bad limit.
     """
     check_limit(limit)
-    first, end = int(since // HOUR), -int(-until // HOUR)
+    first, end = find_hours(since, until)
     rows: list[tuple[Any, ...]] = []
 
     def collect(view: AlertView) -> None:
@@ -160,6 +160,11 @@ async def find_top_signatures(
 
     await store.read_alerts(collect)
     return add_up_signatures(rows)[:limit]
+
+
+def find_hours(since: float, until: float) -> tuple[int, int]:
+    """The hours (since the epoch) that are counted: the first, and the one after the last."""
+    return int(since // HOUR), -int(-until // HOUR)
 
 
 def add_up_signatures(rows: Iterable[tuple[Any, ...]]) -> tuple[SignatureCount, ...]:

@@ -30,6 +30,7 @@ from appliance.api.documents import (
     PolicyDocuments,
     RulePage,
     RulesStatus,
+    SignatureCounts,
     UpdateJob,
     VmEdit,
     VmList,
@@ -45,6 +46,7 @@ from appliance.api.queries import (
     FlowQuery,
     HistoryQuery,
     RuleQuery,
+    SignatureQuery,
 )
 from appliance.api.shuns import ShunList, ShunReport
 from steering.errors import Conflict, HairpinError
@@ -174,6 +176,8 @@ class Control(Protocol):
     async def find_alert(self, alert_id: int) -> AlertDetail:
         """Raises NotFound."""
         ...
+
+    async def count_signatures(self, query: SignatureQuery) -> SignatureCounts: ...
 
     async def read_alerts_after(
         self, after: int | None, wanted: AlertFilter, limit: int

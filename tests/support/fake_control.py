@@ -60,6 +60,8 @@ from appliance.api.documents import (
     RulePage,
     RulesStatus,
     Signature,
+    SignatureCount,
+    SignatureCounts,
     UpdateJob,
     Vm,
     VmAddress,
@@ -86,6 +88,7 @@ from appliance.api.queries import (
     FlowQuery,
     HistoryQuery,
     RuleQuery,
+    SignatureQuery,
 )
 from appliance.api.shuns import ShunList, ShunnedFlow, ShunReport
 from steering.errors import FieldError, WrongInput
@@ -448,6 +451,11 @@ class FakeControl:
         return AlertPage(
             items=tuple(page), next=str(page[-1].id) if len(found) > len(page) else None
         )
+
+    async def count_signatures(self, query: SignatureQuery) -> SignatureCounts:
+        self._check()
+        counted = SignatureCount(sid=1, message="jndi", severity=1, alerts=2, blocked=2)
+        return SignatureCounts(since=START, until=START, items=(counted,)[: query.limit])
 
     async def find_alert(self, alert_id: int) -> AlertDetail:
         self._check()
