@@ -23,12 +23,11 @@ def find_segment(event: Mapping[str, Any]) -> bytes:
     info = event.get("packet_info")
     if event.get("stream") != 1 or not isinstance(info, dict) or info.get("linktype") != RAW_IP:
         return b""
-    return cut_segment(event.get("packet"))
+    return cut_segment(read_base64(event.get("packet")))
 
 
-def cut_segment(value: object) -> bytes:
-    """What a TCP packet (base64 of a raw IP packet) carries; nothing where it is none."""
-    packet = read_base64(value)
+def cut_segment(packet: bytes) -> bytes:
+    """What a TCP packet (from its IP header on) carries; nothing where it is none."""
     if not packet:
         return b""
     version = packet[0] >> 4
@@ -51,13 +50,6 @@ def append_segment(payload: object, printable: str, segment: bytes, limit: int) 
         stream += segment
         printable += render_printable(segment)
     return base64.b64encode(stream[-limit:]).decode(), printable[-limit:]
-
-
-def append_printable(payload: object, printable: str, segment: bytes, limit: int) -> str:
-    """The second of `append_segment` alone."""
-    if not read_base64(payload).endswith(segment):
-        printable += render_printable(segment)
-    return printable[-limit:]
 
 
 def render_printable(data: bytes) -> str:

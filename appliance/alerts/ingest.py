@@ -48,6 +48,8 @@ BATCH_LINES = 8192
 GRACE_SECONDS = 10.0
 _BACKOFF_SECONDS = (0.1, 5.0)
 _FINISHED_KEPT = 16
+_SHORT = 16
+"""Bytes; what is longer is no blank line, or malformed."""
 
 FindContext = Callable[[Lane, float], Context]
 """What was known of a lane's VMs and policies at a time. Called in a thread, once an alert."""
@@ -255,7 +257,7 @@ class Ingest:
         arrivals: dict[int, Arrival] = {}
         unattributed = 0
         for line in batch.lines:
-            if not line.raw.strip():
+            if len(line.raw) < _SHORT and not line.raw.strip():
                 continue
             for event in parse_line(line.raw):
                 if isinstance(event, Malformed):

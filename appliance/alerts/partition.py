@@ -7,7 +7,7 @@ numbered from 1 without gaps, so that blocks are found by arithmetic.
     alerts      one narrow row an alert: what is filtered by, and whose it is
     chunks      the raw events, 32 of them compressed as one (`CHUNK_ALERTS`)
     texts       URL and payload, in small letters, 512 of them compressed as one (`sieve.BLOCK_ALERTS`)
-    sieves      which three bytes a block's texts hold; `grams`: the same of 128 blocks, turned round
+    sieves      which four bytes in a row a block's texts hold; `grams`: the same of 128 blocks, turned round
     marks       which blocks of a group of 128 have alerts of a VM, an address, a signature, ... (`Mark`)
     batches     one row a transaction: where its alerts came from, and the times that they are of
     hours       how often each signature fired in each hour

@@ -8,6 +8,7 @@ shown.
 
 from __future__ import annotations
 
+from binascii import a2b_base64
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +28,7 @@ from appliance.alerts.eve import (
     split_torn,
     store_text,
 )
-from appliance.alerts.excerpt import RAW_IP, append_printable, cut_segment
+from appliance.alerts.excerpt import RAW_IP, cut_segment, render_printable
 from appliance.alerts.model import EveAlert, Malformed, Opener, Rule, Verdict
 from steering.canary import SID
 from steering.model import Family
@@ -99,9 +100,9 @@ class _Event(msgspec.Struct, gc=False):
     flow: _Flow | None = None
     http: _Http | None = None
     stream: Any = None
-    packet: Any = None
+    packet: msgspec.Raw = msgspec.Raw()
     packet_info: _PacketInfo | None = None
-    payload: Any = None
+    payload: msgspec.Raw = msgspec.Raw()
     payload_printable: str | None = None
     verdict: _Verdict | None = None
 
@@ -148,9 +149,10 @@ def parse_quickly(line: bytes) -> tuple[Sighting, ...] | None:
         source_port = _check_port(event.src_port)
         destination_port = _check_port(event.dest_port)
         opener = _find_opener(event, source, source_port, destination, destination_port)
+        printable = _read_printable(event)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    at = read_time(event.timestamp)
+    at = _read_time(event.timestamp)
     if at is None:
         return None
     address = source or destination
@@ -168,7 +170,7 @@ def parse_quickly(line: bytes) -> tuple[Sighting, ...] | None:
             known.blocks or (event.verdict is not None and event.verdict.action == "drop"),
             known,
             bound_text(url, URL_LIMIT) if isinstance(url, str) else "",
-            _read_printable(event),
+            printable,
             line,
         ),
     )
@@ -236,13 +238,39 @@ def _find_opener(
 
 
 def _read_printable(event: _Event) -> str:
+    """Raises ValueError where base64 is written in a way that only the reference reads."""
     printable = event.payload_printable or ""
     if event.stream == 1 and event.packet_info is not None and event.packet_info.linktype == RAW_IP:
-        segment = cut_segment(event.packet)
+        segment = cut_segment(_read_base64(event.packet))
         if segment:
-            printable = append_printable(event.payload, printable, segment, PAYLOAD_LIMIT)
-            return store_text(printable)
+            if not _read_base64(event.payload).endswith(segment):
+                printable += render_printable(segment)
+            return store_text(printable[-PAYLOAD_LIMIT:])
     return store_text(printable[:PAYLOAD_LIMIT])
+
+
+def _read_base64(raw: msgspec.Raw) -> bytes:
+    text = bytes(raw)
+    if not text:
+        return b""
+    if text[:1] != b'"':
+        raise ValueError("no text")
+    return a2b_base64(text[1:-1], strict_mode=True)
+
+
+def _read_time(text: str) -> float | None:
+    """As `read_time`: the second is looked up, its fraction added."""
+    fraction = text[20:26]
+    if len(text) != 31 or text[19] != "." or not (fraction.isascii() and fraction.isdigit()):
+        return read_time(text)
+    second = _read_second(text[:19] + text[26:])
+    return None if second is None else (second * 1_000_000 + int(fraction)) / 1_000_000
+
+
+@lru_cache(maxsize=4096)
+def _read_second(text: str) -> int | None:
+    at = read_time(text)
+    return None if at is None else int(at)
 
 
 def _check_port(value: object) -> int | None:

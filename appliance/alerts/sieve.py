@@ -1,4 +1,4 @@
-"""Which blocks of texts may hold a substring: one bit for each hash of three bytes that a block has.
+"""Which blocks of texts may hold a substring: one bit for each hash of four bytes that a block has.
 
 A block with all bits of a needle set may hold it and is read; one that lacks a bit can't. Building it is
 a few passes of numpy over the bytes, so it costs half a microsecond an alert, where an index of words or
@@ -28,26 +28,27 @@ _STEPS = (
 )
 _FACTOR = np.uint32(0x9E3779B1)
 _SHIFT = np.uint32(32 - BITS)
-_THREE = np.uint32(0xFFFFFF)
+GRAM = 4
+"""Bytes. With three, digits alone would set a bit for every number that there is."""
 
 
 def build_sieve(text: bytes) -> bytes:
-    """`SIEVE_BYTES`: the bits of all sequences of three bytes in ``text``."""
+    """`SIEVE_BYTES`: the bits of all sequences of `GRAM` bytes in ``text``."""
     marks = np.zeros(1 << BITS, np.bool_)
-    padded = text + b"\0\0\0"
-    for offset in range(4):
-        count = (len(padded) - offset) // 4
-        if count:
-            marks[_hash(np.frombuffer(padded, "<u4", count, offset) & _THREE)] = True
+    for offset in range(GRAM):
+        count = (len(text) - offset) // GRAM
+        if count > 0:
+            marks[_hash(np.frombuffer(text, "<u4", count, offset))] = True
     return np.packbits(marks).tobytes()
 
 
 def find_slots(needle: bytes) -> tuple[int, ...]:
-    """The bits that a text with ``needle`` in it has, at most `_NEEDLE_SLOTS`; none for under 3 bytes."""
-    triples = [
-        int.from_bytes(needle[place : place + 3], "little") for place in range(len(needle) - 2)
+    """The bits that a text with ``needle`` in it has, at most `_NEEDLE_SLOTS`; none for under `GRAM` bytes."""
+    grams = [
+        int.from_bytes(needle[place : place + GRAM], "little")
+        for place in range(len(needle) - GRAM + 1)
     ]
-    slots = dict.fromkeys(int(slot) for slot in _hash(np.array(triples, np.uint32)))
+    slots = dict.fromkeys(int(slot) for slot in _hash(np.array(grams, np.uint32)))
     chosen = tuple(slots)
     step = max(len(chosen) / _NEEDLE_SLOTS, 1.0)
     return tuple(chosen[int(n * step)] for n in range(min(len(chosen), _NEEDLE_SLOTS)))
@@ -93,7 +94,7 @@ def find_bit(block: int) -> int:
 
 
 def _hash(
-    triples: np.ndarray[tuple[int], np.dtype[np.uint32]],
+    grams: np.ndarray[tuple[int], np.dtype[np.uint32]],
 ) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-    found: np.ndarray[tuple[int], np.dtype[np.uint32]] = (triples * _FACTOR) >> _SHIFT
+    found: np.ndarray[tuple[int], np.dtype[np.uint32]] = (grams * _FACTOR) >> _SHIFT
     return found

@@ -31,6 +31,15 @@ _BLOCK = sieve.BLOCK_ALERTS
 
 Item = tuple[Sighting, Attribution]
 _Key = tuple[Mark, Any]
+# By the places of the columns in a row of `alerts`.
+_MARKED = (
+    (Mark.LANE, (2,)),
+    (Mark.BLOCKED, (3,)),
+    (Mark.SIGNATURE, (4,)),
+    (Mark.ADDRESS, (5, 6)),
+    (Mark.END, (7, 8)),
+    (Mark.POLICY, (10,)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +85,26 @@ class Writer:
         if len(rules) > _KEPT or len(attributions) > _KEPT:
             rules.clear()
             attributions.clear()
-        rows: list[tuple[Any, ...]] = []
-        for number, (seen, attribution) in enumerate(items, first):
-            signature = rules.get(seen.known) or self._intern_rule(seen.known)
-            told = attributions.get(attribution) or self._intern_attribution(attribution)
-            at = seen.at
-            rows.append(
-                (
-                    number,
-                    at,
-                    lane,
-                    seen.blocked,
-                    signature,
-                    seen.source_address,
-                    seen.destination_address,
-                    *told,
-                    render_detail(seen.event) if seen.shrunk and seen.event else None,
-                )
+        for known in {seen.known for seen, _ in items}:
+            if known not in rules:
+                self._intern_rule(known)
+        for told in {told for _, told in items}:
+            if told not in attributions:
+                self._intern_attribution(told)
+        rows: list[tuple[Any, ...]] = [
+            (
+                number,
+                seen.at,
+                lane,
+                seen.blocked,
+                rules[seen.known],
+                seen.source_address,
+                seen.destination_address,
+                *attributions[told],
+                render_detail(seen.event) if seen.shrunk and seen.event else None,
             )
+            for number, (seen, told) in enumerate(items, first)
+        ]
         counts = Counter([(row[1] // HOUR, row[4], row[3]) for row in rows])
         self._conn.executemany("INSERT INTO alerts VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
         self._conn.executemany(
@@ -101,7 +112,7 @@ class Writer:
             " alerts = alerts + excluded.alerts, blocked = blocked + excluded.blocked",
             [(int(hour), s, n, n if blocked else 0) for (hour, s, blocked), n in counts.items()],
         )
-        times = [seen.at for seen, _ in items]
+        times = [row[1] for row in rows]
         self.last += len(items)
         self._conn.execute(
             "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -165,16 +176,12 @@ class Writer:
 
     def _mark(self, block: int, rows: list[tuple[Any, ...]]) -> set[_Key]:
         """Note what a full block has; the marks that changed."""
-        found: set[_Key] = {(Mark.SIGNATURE, row[4]) for row in rows}
-        found.update([(Mark.ADDRESS, row[5]) for row in rows])
-        found.update([(Mark.ADDRESS, row[6]) for row in rows])
-        found.update([(Mark.END, row[7]) for row in rows])
-        found.update([(Mark.END, row[8]) for row in rows])
-        found.update([(Mark.POLICY, row[10]) for row in rows])
-        found.update({(Mark.LANE, row[2]) for row in rows})
-        found.update({(Mark.BLOCKED, int(row[3])) for row in rows})
+        columns = list(zip(*rows, strict=True))
         marks, bit = self._marks, sieve.find_bit(block)
-        changed = {key for key in found if key[1] is not None}
+        changed: set[_Key] = set()
+        for mark, places in _MARKED:
+            values = set().union(*(columns[place] for place in places))
+            changed.update([(mark, value) for value in values if value is not None])
         for key in changed:
             marks[key] = marks.get(key, 0) | bit
         return changed
@@ -184,7 +191,7 @@ class Writer:
         self._conn.executemany(
             "INSERT OR REPLACE INTO marks VALUES (?, ?, ?, ?)",
             [
-                (group, int(kind), key, marks[kind, key].to_bytes(sieve.ROW_BYTES, "big"))
+                (group, kind, key, marks[kind, key].to_bytes(sieve.ROW_BYTES, "big"))
                 for kind, key in changed
             ],
         )

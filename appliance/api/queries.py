@@ -130,7 +130,7 @@ class AlertFilter(Query):
     verdict: Verdict | None = None
     sid: Sid | None = None
     cve: Cve | None = None
-    text: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+    text: Annotated[str, Field(min_length=4, max_length=200)] | None = Field(
         default=None,
         description="A part of the signature, the URL or the payload; small and capital letters of"
         " ASCII are the same.",

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from appliance.alerts.attribute import Context
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.partition import Partition, build_path, read_size
 from appliance.alerts.partitions import Limits
@@ -34,6 +33,7 @@ from appliance.alerts.query import (
 )
 from appliance.alerts.retention import Drop, record_drop
 from appliance.alerts.store import Store, find_directory
+from appliance.management.knowledge import Knowledge, Snapshot
 from steering.decide import decide
 from steering.model import (
     Family,
@@ -100,7 +100,7 @@ def work_in(name: str) -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def build_context() -> Context:
+def build_knowledge() -> Knowledge:
     """200 VMs in ten zones, a policy for each pair of zones."""
     zones = tuple(Zone(f"zone-{n}", {"tier": str(n)}) for n in range(ZONES))
     services = (
@@ -127,13 +127,15 @@ def build_context() -> Context:
     holdings = {
         find_address(n): (Holding(find_address(n), find_vm(n), 1.0, None),) for n in range(VMS)
     }
-    return Context(machines, PolicySet((), zones, policies), 7, LANE, holdings)
+    knowledge = Knowledge(holdings)
+    knowledge.add(Snapshot(1.0, machines, PolicySet((), zones, policies), 7))
+    return knowledge
 
 
 @contextmanager
 def ingesting(store: Store, live: Path) -> Iterator[Ingest]:
-    context = build_context()
-    ingest = Ingest(store, {LANE: live}, lambda _lane, _at: context, decide, poll_seconds=0.005)
+    find_context = build_knowledge().find_context
+    ingest = Ingest(store, {LANE: live}, find_context, decide, poll_seconds=0.005)
     task = asyncio.ensure_future(ingest.run())
     try:
         yield ingest
@@ -218,6 +220,7 @@ def measure_alerts(say: Say, changes: int) -> list[Row]:
         total = size.lines * size.passes * size.partitions
         store = Store(directory / "hairpin.db", Limits(alerts=10**9, seconds=1e9))
         try:
+            os.sync()  # partitions that are asked or removed were written long ago
             used = sum(read_size(one.path) for one in store.partitions)
             say(
                 f"    {total:,} alerts, {used / 2**30:.2f} GiB, {used / total:.0f} B each,"

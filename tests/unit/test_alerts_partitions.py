@@ -263,7 +263,7 @@ async def test_real_blocks_are_searched_in_full_and_in_the_rest(tmp_path: Path) 
     store.close()
 
 
-@given(st.lists(st.binary(max_size=300), max_size=4), st.binary(min_size=3, max_size=40))
+@given(st.lists(st.binary(max_size=300), max_size=4), st.binary(min_size=1, max_size=40))
 @settings(deadline=None, max_examples=60)
 def test_a_sieve_never_hides_what_is_there(texts: list[bytes], needle: bytes) -> None:
     slots = sieve.find_slots(needle)
@@ -271,6 +271,8 @@ def test_a_sieve_never_hides_what_is_there(texts: list[bytes], needle: bytes) ->
     sieves = [sieve.build_sieve(text) for text in blocks]
     passed = [n for n, one in enumerate(sieves) if sieve.may_hold(one, slots)]
     assert {n for n, text in enumerate(blocks) if needle in text} <= set(passed)
+    if not slots:
+        return  # too short: every block is read
     pages = sieve.turn_group(sieves)
     chosen = {page: pages[page] for page in sieve.find_pages(slots)}
     assert sieve.sift_group(chosen, slots) == sum(map(sieve.find_bit, passed))
