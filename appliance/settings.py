@@ -222,6 +222,46 @@ class SyslogExport(Document):
         return self
 
 
+class StoreSettings(Document):
+    """How long alerts are kept. They stand in partitions, files that are removed as a whole."""
+
+    keep_days: int = Field(
+        default=90,
+        alias="keepDays",
+        ge=1,
+        le=3650,
+        description="Alerts, flow records and address holdings are kept so long; alerts that an "
+        "exporter has not delivered, longer.",
+    )
+    keep_bytes: int = Field(
+        default=20 * 2**30,
+        alias="keepBytes",
+        ge=64 * 2**20,
+        description="Most bytes of alerts. The oldest go first, delivered or not; an event tells of "
+        "those that were not.",
+    )
+    keep_flow_records: int = Field(
+        default=5_000_000,
+        alias="keepFlowRecords",
+        ge=1000,
+        description="Most flow records that are kept.",
+    )
+    partition_alerts: int = Field(
+        default=1_000_000,
+        alias="partitionAlerts",
+        ge=1000,
+        le=10_000_000,
+        description="A new partition begins after so many alerts,",
+    )
+    partition_hours: int = Field(
+        default=24,
+        alias="partitionHours",
+        ge=1,
+        le=24 * 31,
+        description="or after so many hours.",
+    )
+
+
 class VisibilitySettings(Document):
     """Flow records of a mirror port by nfstream, in a process of its own."""
 
@@ -294,6 +334,9 @@ class Settings(Document):
     )
     rules: RulesSettings = Field(default_factory=RulesSettings, description="Their rules.")
     api: ApiSettings = Field(default_factory=ApiSettings, description="The management API.")
+    store: StoreSettings = Field(
+        default_factory=StoreSettings, description="How long alerts are kept."
+    )
     export: tuple[SyslogExport, ...] = Field(
         default=(), description="Receivers of every alert; each has a name of its own."
     )
