@@ -22,7 +22,7 @@ from appliance.doctor import (
     Probe,
     SwitchFacts,
 )
-from appliance.inspection.publish import read_inspection_state
+from appliance.inspection.publish import Placement, read_inspection_state
 from appliance.settings import Settings, SwitchSettings
 from steering.errors import CommandFailed
 from steering.run import Finished, run
@@ -212,6 +212,12 @@ def read_super_packets(settings: Settings) -> dict[str, str]:
     }
 
 
+def read_placement(settings: Settings) -> dict[str, Placement]:
+    """By lane, where `hairpin inspect` saw its engine's packet threads."""
+    state = read_inspection_state(settings.inspection_state)
+    return {lane.name: lane.placement for lane in (state.lanes if state else ())}
+
+
 def read_cpu_flags() -> frozenset[str]:
     """The first processor's flags, none where the kernel shows none (proc_cpuinfo(5))."""
     try:
@@ -285,5 +291,6 @@ def read_facts(settings: Settings | None) -> Facts:
         switch=None if settings is None else read_switch(settings.switch),
         devices=() if settings is None else read_devices(settings),
         super_packets={} if settings is None else read_super_packets(settings),
+        placement={} if settings is None else read_placement(settings),
         commands={name: _has_command(name) for name in COMMANDS},
     )

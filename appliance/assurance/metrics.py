@@ -55,6 +55,11 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_lane_largest_packet_bytes": Spec(
         "gauge", ("lane",), "The largest packet that the engine took, from its IP header on."
     ),
+    "hairpin_lane_packet_threads": Spec(
+        "gauge",
+        ("lane", "placed"),
+        "Packet threads of the engine, as seen: pinned (each on a core of its own) or shared.",
+    ),
     "hairpin_lane_packets_total": Spec(
         "counter",
         ("lane", "fate"),
@@ -242,6 +247,8 @@ def _find_engines(snapshot: Snapshot) -> Iterable[Sample]:
         yield "hairpin_lane_engine_restarts_total", (lane.name,), lane.restarts
         yield "hairpin_lane_super_packets", (lane.name, str(lane.super_packets.state)), 1
         yield "hairpin_lane_largest_packet_bytes", (lane.name,), lane.super_packets.largest
+        placed = "pinned" if lane.placement.pinned else "shared"
+        yield "hairpin_lane_packet_threads", (lane.name, placed), lane.placement.threads
         for queue in lane.queues:
             labels = (lane.name, str(queue.number))
             yield "hairpin_queue_waiting_packets", labels, queue.waiting

@@ -105,16 +105,33 @@ def render_privileges(user: str) -> tuple[str, ...]:
 
 
 def render_start(
-    binary: Path, user: str, lane: Lane, config: Path, library: Path | None = None
+    binary: Path,
+    user: str,
+    lane: Lane,
+    config: Path,
+    library: Path | None = None,
+    nice: int = 0,
 ) -> tuple[str, ...]:
     """The command of a lane's engine: one `-q` for each of its queues; ``library`` is preloaded.
+
+    nice(1) comes before privileges are given up; where it may not, it says so and goes on.
 
     ld.so(8) ignores LD_PRELOAD where a program gains privileges as it starts. Ambient capabilities are
     none of those, so the engine has it.
     """
     queues = tuple(part for queue in lane.queues for part in ("-q", str(queue)))
     preload = () if library is None else ("env", f"LD_PRELOAD={library}")
-    return (*render_privileges(user), *preload, str(binary), "-c", str(config), "-v", *queues)
+    urgent = ("nice", "-n", str(nice)) if nice else ()
+    return (
+        *urgent,
+        *render_privileges(user),
+        *preload,
+        str(binary),
+        "-c",
+        str(config),
+        "-v",
+        *queues,
+    )
 
 
 def render_test(binary: Path, user: str, config: Path, scratch: Path) -> tuple[str, ...]:

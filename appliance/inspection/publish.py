@@ -48,6 +48,19 @@ class SuperPackets(_Value):
     largest: int = 0
 
 
+class Placement(_Value):
+    """How an engine's packet threads are placed, as seen: how many, each one's cores, how urgent.
+
+    ``reason``: why they have no cores of their own.
+    """
+
+    threads: int = 0
+    cores: tuple[tuple[int, ...], ...] = ()
+    nice: int | None = None
+    pinned: bool = False
+    reason: str = "nothing is known of the engine yet"
+
+
 class Fault(_Value):
     """Something wrong: what, what to do next, since when (epoch). `mended`: when it was over."""
 
@@ -125,6 +138,7 @@ class LaneState(_Value):
     version: str = ""
     hyperscan: bool = False
     super_packets: SuperPackets = SuperPackets()
+    placement: Placement = Placement()
     rules_loaded: int = 0
     rules_failed: int = 0
     queues: tuple[QueueState, ...] = ()
