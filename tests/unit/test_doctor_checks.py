@@ -18,9 +18,11 @@ from appliance.doctor import (
     Probe,
     SwitchFacts,
     check_facts,
+    check_placement,
     parse_version,
 )
 from appliance.doctor_probe import parse_rows
+from appliance.inspection.publish import Placement
 
 WORKS = Probe(True)
 BROKEN = Probe(False, "no such thing")
