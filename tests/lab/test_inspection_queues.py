@@ -16,6 +16,7 @@ import pytest
 from appliance.inspection.publish import EngineState
 from steering.run import run
 from tests.support.inspection_lane import (
+    HOST,
     MAC_A,
     RULES,
     A,
