@@ -6,14 +6,20 @@ import ctypes
 import os
 import re
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from appliance.inspection.config import build_engine_config, render_engine_config
+from appliance.inspection.placement import LanePlacement, find_placement_faults
+from appliance.inspection.process import read_threads
 from appliance.inspection.publish import EngineState
+from appliance.settings import parse_settings
 from steering.run import run
 from tests.support.inspection_lane import (
     HOST,
@@ -31,6 +37,14 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
 
 PAIRS = tuple(range(11, 23))
 """Last parts of the sender's addresses: 12 pairs are all in one queue once in 2,048 starts."""
+PINNED = """
+lanes:
+  - profile: prevent
+    vlan: 101
+    queues: [0, 1]
+    legA: {interface: a1, device: d1}
+    legB: {interface: a2, device: d2}
+"""
 WHOLE = 20 * 2**20
 
 
@@ -228,3 +242,29 @@ def test_an_engine_of_which_one_thread_hangs_is_replaced(lane_lab: LaneLab) -> N
     assert took < 20
     assert any("queue 8 gave no packet back" in fault.reason for fault in again.faults), again
     assert request(f"10.97.0.{by_queue[1]}", "10.97.0.2") == 2
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core leaves nothing to choose")
+def test_a_real_engine_pins_its_threads_as_it_is_told(tmp_path: Path) -> None:
+    """By its configuration alone: on few cores the product pins nothing, so this engine is not in a lane."""
+    settings = parse_settings(PINNED)
+    ruleset = tmp_path / "suricata.rules"
+    ruleset.write_text(RULES)
+    wanted = LanePlacement(2, (1, 0), (0,), nice=0)
+    config = replace(
+        build_engine_config(settings, settings.build_lanes()[0], wanted),
+        directory=tmp_path,
+        ruleset=ruleset,
+        socket=tmp_path / "command.socket",
+    )
+    path = tmp_path / "suricata.yaml"
+    path.write_text(render_engine_config(config))
+    argv = ["unshare", "--net", "--", "suricata", "-c", str(path), "-q", "0", "-q", "1"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as engine:
+        try:
+            wait_for(lambda: not find_placement_faults(wanted, read_threads(engine.pid)), 20)
+            managing = [one for one in read_threads(engine.pid) if one.name == "FM#01"]
+            assert [one.cores for one in managing] == [(0,)]
+        finally:
+            engine.terminate()
+            engine.wait(15)
