@@ -119,9 +119,9 @@ class Facts:
     leg_names: tuple[str, ...] = ()
     require_hyperscan: bool = True
     switch: SwitchFacts | None = None
+    placement: Mapping[str, Placement] = field(default_factory=lambda: MappingProxyType({}))
     devices: tuple[DeviceFacts, ...] = ()
     super_packets: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    placement: Mapping[str, Placement] = field(default_factory=lambda: MappingProxyType({}))
     commands: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
 
 

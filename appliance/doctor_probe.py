@@ -177,6 +177,12 @@ def _find_service_host(settings: Settings) -> list[str]:
     return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
 
 
+def read_placement(settings: Settings) -> dict[str, Placement]:
+    """By lane, where `hairpin inspect` saw its engine's packet threads."""
+    state = read_inspection_state(settings.inspection_state)
+    return {lane.name: lane.placement for lane in (state.lanes if state else ())}
+
+
 def read_devices(settings: Settings) -> tuple[DeviceFacts, ...]:
     """The legs' ends in the service host, when that is this machine."""
     inside = _find_service_host(settings)
@@ -210,12 +216,6 @@ def read_super_packets(settings: Settings) -> dict[str, str]:
         )
         for lane in (state.lanes if state else ())
     }
-
-
-def read_placement(settings: Settings) -> dict[str, Placement]:
-    """By lane, where `hairpin inspect` saw its engine's packet threads."""
-    state = read_inspection_state(settings.inspection_state)
-    return {lane.name: lane.placement for lane in (state.lanes if state else ())}
 
 
 def read_cpu_flags() -> frozenset[str]:
@@ -289,8 +289,8 @@ def read_facts(settings: Settings | None) -> Facts:
         leg_names=tuple(leg.interface for lane in lanes for leg in (lane.leg_a, lane.leg_b)),
         require_hyperscan=settings is None or settings.inspection.require_hyperscan,
         switch=None if settings is None else read_switch(settings.switch),
+        placement={} if settings is None else read_placement(settings),
         devices=() if settings is None else read_devices(settings),
         super_packets={} if settings is None else read_super_packets(settings),
-        placement={} if settings is None else read_placement(settings),
         commands={name: _has_command(name) for name in COMMANDS},
     )

@@ -177,11 +177,11 @@ def render_engine_config(config: EngineConfig, data: Path | None = None) -> str:
         address_groups=ADDRESS_GROUPS,
         port_groups=PORT_GROUPS,
         protocols=PROTOCOLS,
+        cores=config.placement.cores if config.placement else (),
+        other_cores=config.placement.others if config.placement else (),
         matcher="hs" if config.hyperscan else "auto",
         memory=config.memory,
         http=config.http,
-        cores=config.placement.cores if config.placement else (),
-        other_cores=config.placement.others if config.placement else (),
         app_layer_error_policy=find_app_layer_error_policy(config.lane.profile),
     )
 

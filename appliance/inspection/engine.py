@@ -85,6 +85,14 @@ def find_matcher_fault(log: str) -> str | None:
     return None
 
 
+def render_urgency(nice: int) -> tuple[str, ...]:
+    """What comes before a command to make it urgent, before privileges are given up.
+
+    Where that is not allowed, nice(1) says so and goes on.
+    """
+    return ("nice", "-n", str(nice)) if nice else ()
+
+
 def render_privileges(user: str) -> tuple[str, ...]:
     """The start of a command that runs as `user` with CAP_NET_ADMIN alone, and never more (setpriv(1)).
 
@@ -105,33 +113,16 @@ def render_privileges(user: str) -> tuple[str, ...]:
 
 
 def render_start(
-    binary: Path,
-    user: str,
-    lane: Lane,
-    config: Path,
-    library: Path | None = None,
-    nice: int = 0,
+    binary: Path, user: str, lane: Lane, config: Path, library: Path | None = None
 ) -> tuple[str, ...]:
     """The command of a lane's engine: one `-q` for each of its queues; ``library`` is preloaded.
-
-    nice(1) comes before privileges are given up; where it may not, it says so and goes on.
 
     ld.so(8) ignores LD_PRELOAD where a program gains privileges as it starts. Ambient capabilities are
     none of those, so the engine has it.
     """
     queues = tuple(part for queue in lane.queues for part in ("-q", str(queue)))
     preload = () if library is None else ("env", f"LD_PRELOAD={library}")
-    urgent = ("nice", "-n", str(nice)) if nice else ()
-    return (
-        *urgent,
-        *render_privileges(user),
-        *preload,
-        str(binary),
-        "-c",
-        str(config),
-        "-v",
-        *queues,
-    )
+    return (*render_privileges(user), *preload, str(binary), "-c", str(config), "-v", *queues)
 
 
 def render_test(binary: Path, user: str, config: Path, scratch: Path) -> tuple[str, ...]:

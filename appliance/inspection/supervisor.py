@@ -145,6 +145,7 @@ class LaneSupervisor:
             adopted=self._engine is not None and self._engine.adopted,
             restarts=self._restarts,
             version=self.facts.text,
+            placement=self._placed,
             hyperscan=self.facts.hyperscan and self._matcher_fault is None,
             super_packets=find_super_packets(
                 wanted=self.settings.inspection.super_packets,
@@ -152,7 +153,6 @@ class LaneSupervisor:
                 log=self._start_log,
                 counters=self._counters,
             ),
-            placement=self._placed,
             rules_loaded=self._rules[0],
             rules_failed=self._rules[1],
             queues=build_queue_states(self.lane, counters),
@@ -242,13 +242,13 @@ class LaneSupervisor:
         write_atomically(self.paths.config, text, 0o644)
 
     def _render_start(self) -> tuple[str, ...]:
-        return engine.render_start(
+        urgency = engine.render_urgency(self.placement.nice)
+        return urgency + engine.render_start(
             self.settings.inspection.suricata,
             self.settings.inspection.user,
             self.lane,
             self.paths.config,
             self._library,
-            self.placement.nice,
         )
 
     def _adopt(self) -> bool:
