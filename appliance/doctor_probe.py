@@ -71,6 +71,12 @@ def probe_kernel() -> dict[str, Probe]:
     return found
 
 
+def read_placement(settings: Settings) -> dict[str, Placement]:
+    """By lane, where `hairpin inspect` saw its engine's packet threads."""
+    state = read_inspection_state(settings.inspection_state)
+    return {lane.name: lane.placement for lane in (state.lanes if state else ())}
+
+
 def read_engine(path: Path) -> EngineFacts:
     """What the installed Suricata says of itself (`suricata --build-info`)."""
     if not path.exists():
@@ -177,12 +183,6 @@ def _find_service_host(settings: Settings) -> list[str]:
     return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
 
 
-def read_placement(settings: Settings) -> dict[str, Placement]:
-    """By lane, where `hairpin inspect` saw its engine's packet threads."""
-    state = read_inspection_state(settings.inspection_state)
-    return {lane.name: lane.placement for lane in (state.lanes if state else ())}
-
-
 def read_devices(settings: Settings) -> tuple[DeviceFacts, ...]:
     """The legs' ends in the service host, when that is this machine."""
     inside = _find_service_host(settings)
@@ -277,6 +277,7 @@ def read_facts(settings: Settings | None) -> Facts:
         machine=platform.machine(),
         cpu_flags=read_cpu_flags(),
         ovs_version=version.stdout if version.status == 0 else "",
+        placement={} if settings is None else read_placement(settings),
         engine=read_engine(engine),
         kernel=probe_kernel(),
         kernel_openvswitch=Path("/sys/module/openvswitch").exists(),
@@ -286,7 +287,6 @@ def read_facts(settings: Settings | None) -> Facts:
         disk_path=disk_path,
         disk_free=shutil.disk_usage(disk_path).free,
         missing_users=tuple(user for user in USERS if not _is_user(user)),
-        placement={} if settings is None else read_placement(settings),
         leg_names=tuple(leg.interface for lane in lanes for leg in (lane.leg_a, lane.leg_b)),
         require_hyperscan=settings is None or settings.inspection.require_hyperscan,
         switch=None if settings is None else read_switch(settings.switch),
