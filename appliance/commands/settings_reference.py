@@ -59,6 +59,8 @@ inspection:
   dialect: auto
   requireHyperscan: true
   superPackets: true
+  pinned: true
+  nice: -10
   eveLimitBytes: 268435456
 canary:
   interface: hairpin-canary
