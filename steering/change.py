@@ -47,3 +47,12 @@ def build_mismatch(left: Bundle, done: str) -> SwitchError:
         f"first: {left.changes[0].kind} {left.changes[0].text}",
         f"{done}; check for another controller",
     )
+
+
+def describe_fail_mode(bridge: str, fail_mode: str) -> tuple[str, str]:
+    """What is wrong with a bridge that is not ``secure``, and the mend."""
+    return (
+        f"bridge {bridge} has fail_mode {fail_mode or 'standalone'}: a restarted switch would pass "
+        "traffic uninspected",
+        f"`ovs-vsctl set-fail-mode {bridge} secure`",
+    )

@@ -14,7 +14,7 @@ from dataclasses import replace
 import structlog
 
 from steering.addresses import AddressTeller
-from steering.change import Applied, Plan, SwitchStatus, build_mismatch
+from steering.change import Applied, Plan, SwitchStatus, build_mismatch, describe_fail_mode
 from steering.check import Checker
 from steering.compile import compile_program, find_steerable_ports
 from steering.compile_quarantine import find_quarantine_flows
@@ -164,11 +164,7 @@ class Reconciler:
         view, lost = self._view, self._lost
         problems = view.observed.problems if view is not None else ()
         if view is not None and view.bridge_found and view.fail_mode != "secure":
-            problems = (
-                *problems,
-                f"bridge {self._bridge} has fail_mode {view.fail_mode or 'standalone'}: a restarted "
-                f"switch would pass traffic uninspected; `ovs-vsctl set-fail-mode {self._bridge} secure`",
-            )
+            problems = (*problems, "; ".join(describe_fail_mode(self._bridge, view.fail_mode)))
         return SwitchStatus(
             reachable=lost is None,
             reason=lost[0] if lost else "",
@@ -369,11 +365,7 @@ class Reconciler:
     def _check_may_steer(self) -> None:
         view = self._view
         if view is not None and view.fail_mode != "secure":
-            raise SwitchError(
-                f"bridge {self._bridge} has fail_mode {view.fail_mode or 'standalone'}: a restarted "
-                "switch would pass traffic uninspected",
-                f"`ovs-vsctl set-fail-mode {self._bridge} secure`",
-            )
+            raise SwitchError(*describe_fail_mode(self._bridge, view.fail_mode))
 
     async def _restore(self, policies: PolicySet) -> None:
         program = self._compile(policies, self.observed)
