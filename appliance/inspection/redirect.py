@@ -164,10 +164,10 @@ async def write_redirection(lane: Lane, shut: Callable[[], None]) -> RedirectRep
                 continue
             if not faults:
                 continue
-            # Replaced as a whole: what else is there is not ours, and might stand before it.
+            # All of them: another one might stand before it. What is on the way in is not ours.
             shut()
             await _remove_filters(device)
-            await run_async(("tc", "qdisc", "replace", "dev", device, "clsact"))
+            await run_async(("tc", "qdisc", "add", "dev", device, "clsact"), check=False)
             await run_async(render_filter(device, target))
             changes += faults
             if left := await _find_faults(device, target):
@@ -186,7 +186,7 @@ async def remove_redirection(lane: Lane) -> None:
 
 
 async def _remove_filters(device: str) -> None:
-    await run_async(("tc", "qdisc", "del", "dev", device, "clsact"), check=False)
+    await run_async(("tc", "filter", "del", "dev", device, "egress"), check=False)
 
 
 def _find_links(names: tuple[str, ...]) -> tuple[Any | None, ...]:

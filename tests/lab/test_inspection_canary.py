@@ -114,7 +114,8 @@ def test_packet_that_is_lost_in_the_service_host_has_entered(
 ) -> None:
     lane = find_lane(settings)
     tc = ["ip", "netns", "exec", module_lab.service_host, "tc"]
-    run([*tc, "qdisc", "add", "dev", lane.leg_a.device, "clsact"])
+    # It is there already where the lane has a third leg.
+    run([*tc, "qdisc", "add", "dev", lane.leg_a.device, "clsact"], check=False)
     # ldb vlan_tag_present; jeq #1; TC_ACT_SHOT, else TC_ACT_OK: BFD goes on.
     tagged = "4,48 0 0 4294963248,21 0 1 1,6 0 0 2,6 0 0 0"
     where = ["dev", lane.leg_a.device, "ingress", "protocol", "all"]
@@ -122,7 +123,7 @@ def test_packet_that_is_lost_in_the_service_host_has_entered(
     try:
         report = probe(settings, lane)
     finally:
-        run([*tc, "qdisc", "del", "dev", lane.leg_a.device, "clsact"])
+        run([*tc, "filter", "del", "dev", lane.leg_a.device, "ingress"])
     for part in report.parts:
         whole = part.answer and not part.hostile
         assert find_steps(part) == (WHOLE if whole else DROPPED), part

@@ -62,7 +62,7 @@ def test_switch_and_links_carry_super_packets(bare_lab: LabState) -> None:
     # Each port's socket holds many of them, also a port's that came later.
     sockets = ["ip", "netns", "exec", bare_lab.hypervisor, "ss", "-0", "-n", "-m"]
     ports = [line for line in run(sockets).stdout.splitlines() if ":vnet" in line or ":hp-" in line]
-    assert len(ports) == len(bare_lab.vms) + 4 + 2
+    assert len(ports) == len(bare_lab.vms) + 6 + 2
     assert all("rb8388608" in line for line in ports), ports
 
 

@@ -81,8 +81,33 @@ def test_one_that_the_switch_does_not_take_goes_on_in_inspection_as_it_was(lane,
     assert get(connection, "/", {"Wanted": "5000000"}) == 200
     assert get(connection, "/next", {"Wanted": "5000000"}) == 200
     assert wait_for(lambda: lane.shortcut().entered == before.entered + 1)
-    assert get(connection, "/?file=/etc/passwd") is None
+    # In two parts: the engine must know the first one.
+    connection.sock.sendall(b"GET /?file=/etc/pas")
+    time.sleep(0.2)
+    connection.sock.sendall(b"swd HTTP/1.1\r\nHost: a\r\n\r\n")
+    # TCP sends it again and again meanwhile, after pauses of more than a second.
+    connection.sock.settimeout(6)
+    with pytest.raises(TimeoutError):
+        connection.sock.recv(100)
     assert lane.shortcut().returned == before.returned
+
+
+def test_what_was_blocked_stays_blocked_when_it_is_sent_again(lane):
+    """Of a connection that returned; the engine must not take the second half for something new."""
+    lane.steer(SIZE)
+    connection = lane.socket(4, RAW_PORT)
+    with lane.passing(connection.getsockname()[1]):
+        pass
+    assert ask(connection, 1, 3000) == 3_000_004
+    with lane.passing(connection.getsockname()[1]):
+        assert ask(connection, 4000, 4000) == 4_000_004
+    assert ask(connection, 10, 10) == 10_004
+    connection.sendall(b"000001000001" + b"RAWAT")
+    time.sleep(0.2)
+    connection.sendall(b"TACK" + b"u" * 991)
+    connection.settimeout(6)
+    with pytest.raises(TimeoutError):
+        connection.recv(100)
 
 
 @pytest.mark.parametrize("family", [4, 6])

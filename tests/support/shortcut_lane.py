@@ -124,9 +124,12 @@ class ShortcutLab(LaneLab):
     def by_leg_c(self, cookie: int) -> int:
         """Packets that came back by leg C: cookie 0xc0 and the priority in the tag, 0xcf a SYN."""
         # The userspace datapath's figures come to the flows twice a second, or when asked for.
-        run(["ovs-appctl", "-t", str(self.state.vswitchd), "revalidator/wait"])
+        self._settle()
         shown = run(self.state.ofctl_argv(["dump-flows", f"cookie={cookie}/-1"])).stdout
         return sum(int(count) for count in re.findall(r"n_packets=(\d+)", shown))
+
+    def _settle(self) -> None:
+        run(["ovs-appctl", "-t", str(self.state.vswitchd), "revalidator/wait"])
 
     @contextlib.contextmanager
     def passing(self, port: int) -> Iterator[None]:
@@ -140,10 +143,13 @@ class ShortcutLab(LaneLab):
                 for family in ("tcp", "tcp6")
             )
         )
+        # Until then the datapath goes on by what it remembers.
+        self._settle()
         try:
             yield
         finally:
             run(self.state.ofctl_argv(["del-flows", "cookie=0xdd/-1"]))
+            self._settle()
 
     def shortcut(self) -> Shortcut:
         lane = self.lane()

@@ -223,6 +223,10 @@ class Library:
         assert sent & ~FINAL == mark & ~FINAL
         return bool(sent & FINAL)
 
+    def forget(self, verdict: int = ACCEPT, *, batch: bool = False) -> None:
+        """A verdict without a mark."""
+        self.loaded.hairpin_forget(ctypes.c_uint32(self.number), verdict, int(batch))
+
     def let_go(self, packet: Packet, mark: int = SIZE) -> bool:
         self.take(packet, mark)
         return self.decide()
@@ -387,6 +391,35 @@ def test_what_the_engine_drops_or_did_not_mark_stays(library: Library) -> None:
     assert library.figures.present == 0
 
 
+@pytest.mark.parametrize("mark", [SIZE, LANE_MARK])
+def test_what_the_engine_dropped_keeps_its_identity_when_it_is_sent_again(
+    library: Library, mark: int
+) -> None:
+    """Under another identity the engine would not know that it dropped the connection."""
+    assert library.let_go(segment(data=b"x" * 500))
+    attack = segment(1500, data=b"second half")
+    library.take(attack, mark)
+    library.forget(DROP)
+    for _ in range(3):
+        library.now += 20_000
+        assert library.take(attack, mark) == raw(attack)
+        assert not library.decide(mark | find_trigger_mark(Trigger.ONE_MEGABYTE))
+    beyond = segment(9_000, 9_000)
+    assert library.take(beyond, mark) == raw(beyond)
+    # One that returned likewise: no turn any more.
+    other = segment(port=41_000, data=b"x" * 500)
+    assert library.let_go(other)
+    back = segment(9000, port=41_000, data=b"back")
+    epoch = find_epoch(library.take(back, mark), back)
+    assert epoch
+    library.decide(mark | find_trigger_mark(Trigger.ONE_MEGABYTE), verdict=DROP)
+    answer = segment(5000, 9004, b"answer", up=False, port=41_000)
+    assert find_epoch(library.take(answer, mark), answer) == epoch
+    # A new connection is a new one.
+    syn = segment(1, 0, flags="S")
+    assert find_epoch(library.take(syn, mark), syn) > epoch
+
+
 def test_a_class_that_is_taken_away_leaves_returned_connections_what_they_are(
     library: Library,
 ) -> None:
@@ -469,7 +502,7 @@ def test_a_batch_is_what_came_up_to_its_number(library: Library) -> None:
     assert library.figures.entered == 2
     assert library.decide(batch=False)
     assert library.figures.entered == 3
-    library.loaded.hairpin_forget(ctypes.c_uint32(library.number), ctypes.c_int(1))
+    library.forget(batch=True)
     assert not library.decide(batch=True), "nothing waits any more"
 
 

@@ -232,7 +232,7 @@ int nfq_set_verdict(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, u
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict");
     if (real == NULL)
         return -1;
-    hairpin_forget(id, 0);
+    hairpin_forget(id, verdict, 0);
     return real(queue, id, verdict, length, data);
 }
 
@@ -244,6 +244,6 @@ int nfq_set_verdict_batch(struct nfq_q_handle *queue, uint32_t id, uint32_t verd
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict_batch");
     if (real == NULL)
         return -1;
-    hairpin_forget(id, 1);
+    hairpin_forget(id, verdict, 1);
     return real(queue, id, verdict);
 }

@@ -26,7 +26,7 @@ int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int le
 uint32_t hairpin_decide(uint32_t id, uint32_t verdict, uint32_t mark, int batch, int64_t now);
 
 /* A verdict without a mark, for one packet or for all up to `id`. */
-void hairpin_forget(uint32_t id, int batch);
+void hairpin_forget(uint32_t id, uint32_t verdict, int batch);
 
 int64_t hairpin_now(void);
 

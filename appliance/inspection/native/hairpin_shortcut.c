@@ -79,7 +79,7 @@ struct entry {
 struct waiting {
     struct tuple tuple;
     uint32_t id, end, ack;
-    uint8_t class, direction, fit;
+    uint8_t class, direction, whole, fit;
 };
 
 struct segment {
@@ -316,14 +316,14 @@ static int is_turn(struct entry *entry, const struct segment *segment)
     return entry->speaker != segment->direction + 1;
 }
 
-/* As what the engine is to see a segment of this connection: the epoch, 0 for as it is. */
-static uint32_t find_identity(const struct segment *segment, int64_t now)
+/* As what the engine is to see a segment: `epoch`, 0 for as it is. Whether its connection is in the table. */
+static int find_identity(const struct segment *segment, int64_t now, uint32_t *epoch)
 {
     unsigned int set = find_set(&segment->tuple);
     pthread_mutex_t *lock = &locks[set % LOCKS];
     struct entry *entry;
-    uint32_t epoch = 0;
 
+    *epoch = 0;
     pthread_mutex_lock(lock);
     entry = find_entry(table[set], &segment->tuple);
     if (entry != NULL && now - entry->last > find_limit()) {
@@ -342,10 +342,10 @@ static uint32_t find_identity(const struct segment *segment, int64_t now)
             advance(&entry->next[segment->direction], segment->end);
         }
         entry->last = now;
-        epoch = entry->epoch;
+        *epoch = entry->epoch;
     }
     pthread_mutex_unlock(lock);
-    return epoch;
+    return entry != NULL;
 }
 
 /* Notes a connection as gone. 0: there is no room, or it returned. 2: it was not noted before. */
@@ -403,21 +403,40 @@ static void leave(const struct waiting *packet)
     pthread_mutex_unlock(lock);
 }
 
+/*
+ * The engine dropped a packet of a connection: mostly for good, and it knows that by this identity. Under another
+ * one the packet, sent again, might pass. So it keeps this one, and does not go (again).
+ */
+static void pin(const struct waiting *packet)
+{
+    unsigned int set = find_set(&packet->tuple);
+    pthread_mutex_t *lock = &locks[set % LOCKS];
+    struct entry *entry;
+
+    pthread_mutex_lock(lock);
+    entry = find_entry(table[set], &packet->tuple);
+    if (entry != NULL) {
+        entry->gone = 0;
+        entry->settled = 1;
+    }
+    pthread_mutex_unlock(lock);
+}
+
 int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int length, int64_t now)
 {
     uint8_t class = mark >> CLASS_SHIFT & CLASS_MASK;
     struct segment segment;
     struct waiting *packet;
     uint32_t epoch = 0;
-    int whole, total;
+    int whole, known = 0, total;
 
     /* A class that was taken from a policy leaves connections that returned: then all are looked for. */
     if (class == 0 && atomic_load_explicit(&present, memory_order_relaxed) == 0)
         return length;
     whole = read_segment(*data, (size_t)length, &segment);
     if (whole && atomic_load_explicit(&present, memory_order_relaxed) != 0)
-        epoch = find_identity(&segment, now);
-    if (class != 0) {
+        known = find_identity(&segment, now, &epoch);
+    if (class != 0 || known) {
         if (waiting_count == WAITING) {
             waiting_count = 0;
             lost = 1;
@@ -426,6 +445,7 @@ int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int le
         memset(packet, 0, sizeof *packet);
         packet->id = id;
         packet->class = class;
+        packet->whole = (uint8_t)whole;
         if (whole) {
             packet->tuple = segment.tuple;
             packet->end = segment.end;
@@ -461,12 +481,20 @@ static unsigned int take_waiting(uint32_t id, int batch, struct waiting *taken)
     return found;
 }
 
-void hairpin_forget(uint32_t id, int batch)
+static void pin_all(const struct waiting *taken, unsigned int number)
+{
+    for (unsigned int at = 0; at < number; at++)
+        if (taken[at].whole)
+            pin(&taken[at]);
+}
+
+void hairpin_forget(uint32_t id, uint32_t verdict, int batch)
 {
     struct waiting taken[WAITING];
+    unsigned int number = waiting_count == 0 ? 0 : take_waiting(id, batch, taken);
 
-    if (waiting_count != 0)
-        take_waiting(id, batch, taken);
+    if (verdict != ACCEPT)
+        pin_all(taken, number);
     if (batch)
         lost = 0;
 }
@@ -482,6 +510,8 @@ uint32_t hairpin_decide(uint32_t id, uint32_t verdict, uint32_t mark, int batch,
     mark &= ~FINAL;
     if (batch)
         lost = 0;
+    if (verdict != ACCEPT)
+        pin_all(taken, number);
     if (class == 0 || number == 0 || verdict != ACCEPT || !(mark >> (TRIGGER_SHIFT + class) & 1))
         return mark;
     if (!is_open(now))
