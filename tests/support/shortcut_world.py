@@ -185,7 +185,7 @@ class World:
             alert={"action": action, "gid": 1, "signature_id": 7, "rev": 1, "signature": "odd"},
             verdict={"action": verdict},
         )
-        self.eve.parent.mkdir(exist_ok=True)
+        self.eve.parent.mkdir(parents=True, exist_ok=True)
         with self.eve.open("ab") as file:
             file.write(line + b"\n")
 
