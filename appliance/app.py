@@ -212,7 +212,7 @@ def _build_watches(
     sources = Sources(
         read_inspection=read_inspection,
         is_forwarding=reconciler.is_forwarding,
-        read_counters=reconciler.read_counters,
+        read_counters=reconciler.read_canary_counters,
         find_token=lambda lane: pipeline.find_token(lane.profile),
         eve_file=settings.eve_file,
     )
@@ -228,7 +228,7 @@ def _build_watches(
         ),
         failures=FailureWatch(
             store,
-            reconciler.read_counters,
+            reconciler.read_lane_counters,
             lambda lane: find_management().find_concerned(lane),
         ),
         ledger=LedgerWatch(
@@ -248,7 +248,7 @@ def _build_watches(
             store,
         ),
         balance=BalanceWatch(
-            settings.build_lanes(), store, reconciler.read_counters, read_inspection
+            settings.build_lanes(), store, reconciler.read_lane_counters, read_inspection
         ),
         shortcuts=ShortcutWatch(
             store,

@@ -119,6 +119,7 @@ class Facts:
     switch: SwitchFacts | None = None
     devices: tuple[DeviceFacts, ...] = ()
     super_packets: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    shortcuts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     commands: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -417,6 +418,14 @@ def check_offloads(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
             "; ".join(f"{lane}: {said}" for lane, said in facts.super_packets.items()),
             "a hairpin without them costs several times the processor time; docs/inspection.md says "
             "what they need of the switch and the links",
+            grave=False,
+        )
+    if facts.shortcuts:
+        yield _finding(
+            "shortcut",
+            not any(said.startswith("off") for said in facts.shortcuts.values()),
+            "; ".join(f"{lane}: {said}" for lane, said in facts.shortcuts.items()),
+            "policies with a shortcut are inspected throughout; docs/inspection.md says what it needs",
             grave=False,
         )
     kernel = facts.kernel_openvswitch and (switch.datapath_type or "system") != "netdev"

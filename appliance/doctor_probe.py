@@ -25,6 +25,7 @@ from appliance.doctor import (
 from appliance.inspection.publish import read_inspection_state
 from appliance.settings import Settings, SwitchSettings
 from steering.errors import CommandFailed
+from steering.model import Lane, Leg
 from steering.run import Finished, run
 
 COMMANDS = ("ethtool", "ip", "ovs-ofctl", "ovs-vsctl", "setpriv", "suricata-update")
@@ -177,12 +178,16 @@ def _find_service_host(settings: Settings) -> list[str]:
     return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
 
 
+def _find_legs(lane: Lane) -> tuple[Leg, ...]:
+    return tuple(leg for leg in (lane.leg_a, lane.leg_b, lane.leg_c) if leg is not None)
+
+
 def read_devices(settings: Settings) -> tuple[DeviceFacts, ...]:
     """The legs' ends in the service host, when that is this machine."""
     inside = _find_service_host(settings)
     found = []
     for lane in settings.build_lanes():
-        for leg in (lane.leg_a, lane.leg_b):
+        for leg in _find_legs(lane):
             features = _try([*inside, "ethtool", "-k", leg.device])
             if features.status != 0:
                 found.append(DeviceFacts(leg.device, None))
@@ -209,6 +214,17 @@ def read_super_packets(settings: Settings) -> dict[str, str]:
             if part
         )
         for lane in (state.lanes if state else ())
+    }
+
+
+def read_shortcuts(settings: Settings) -> dict[str, str]:
+    """By lane with a third leg, what `hairpin inspect` published of its shortcut."""
+    state = read_inspection_state(settings.inspection_state)
+    wanted = {lane.name for lane in settings.build_lanes() if lane.leg_c is not None}
+    return {
+        lane.name: f"{lane.shortcut.state}{f' ({lane.shortcut.reason})' if lane.shortcut.reason else ''}"
+        for lane in (state.lanes if state else ())
+        if lane.name in wanted
     }
 
 
@@ -280,10 +296,11 @@ def read_facts(settings: Settings | None) -> Facts:
         disk_path=disk_path,
         disk_free=shutil.disk_usage(disk_path).free,
         missing_users=tuple(user for user in USERS if not _is_user(user)),
-        leg_names=tuple(leg.interface for lane in lanes for leg in (lane.leg_a, lane.leg_b)),
+        leg_names=tuple(leg.interface for lane in lanes for leg in _find_legs(lane)),
         require_hyperscan=settings is None or settings.inspection.require_hyperscan,
         switch=None if settings is None else read_switch(settings.switch),
         devices=() if settings is None else read_devices(settings),
         super_packets={} if settings is None else read_super_packets(settings),
+        shortcuts={} if settings is None else read_shortcuts(settings),
         commands={name: _has_command(name) for name in COMMANDS},
     )

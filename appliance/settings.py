@@ -92,6 +92,11 @@ class LaneSettings(Document):
     )
     leg_a: LegSettings = Field(alias="legA", description="One way into the service host.")
     leg_b: LegSettings = Field(alias="legB", description="The other way.")
+    leg_c: LegSettings | None = Field(
+        default=None,
+        alias="legC",
+        description="By it frames come back whose connection may take a shortcut; none: no connection ever does.",
+    )
 
     @field_validator("queues")
     @classmethod
@@ -299,7 +304,9 @@ class Settings(Document):
     @field_validator("lanes")
     @classmethod
     def _lanes_do_not_share(cls, lanes: tuple[LaneSettings, ...]) -> tuple[LaneSettings, ...]:
-        legs = [leg for lane in lanes for leg in (lane.leg_a, lane.leg_b)]
+        legs = [
+            leg for lane in lanes for leg in (lane.leg_a, lane.leg_b, lane.leg_c) if leg is not None
+        ]
         _check_once("profile", (str(lane.profile) for lane in lanes))
         _check_once("vlan", (str(lane.vlan) for lane in lanes))
         _check_once("queue", (str(queue) for lane in lanes for queue in lane.queues))
@@ -342,6 +349,10 @@ class Settings(Document):
         """The engine's directory: suricata.yaml, command socket, eve.json, log."""
         return self.run_dir / "lanes" / lane.name
 
+    def shortcut_state(self, lane: Lane) -> Path:
+        """What the engine's library and `hairpin inspect` share of the shortcut."""
+        return self.lane_dir(lane) / "shortcut.state"
+
     def eve_file(self, lane: Lane) -> Path:
         return self.lane_dir(lane) / "eve.json"
 
@@ -367,6 +378,7 @@ class Settings(Document):
                 queues=lane.queues,
                 leg_a=Leg(lane.leg_a.interface, lane.leg_a.device),
                 leg_b=Leg(lane.leg_b.interface, lane.leg_b.device),
+                leg_c=None if lane.leg_c is None else Leg(lane.leg_c.interface, lane.leg_c.device),
             )
             for number, lane in enumerate(self.lanes, start=1)
         )

@@ -246,14 +246,14 @@ install_python() {
 
 # Engines load it as a user of their own. Elsewhere first, then renamed: an engine may be starting.
 build_library() {
-    local source=appliance/inspection/native/hairpin_queue.c target=$VENV/lib/hairpin/hairpin_queue.so
-    if [ -e "$target" ] && [ "$target" -nt "$source" ]; then
+    local native=appliance/inspection/native target=$VENV/lib/hairpin/hairpin_queue.so
+    if [ -e "$target" ] && [ -z "$(find "$native" -newer "$target" -name '*.[ch]')" ]; then
         return
     fi
     say "building $target"
     mkdir -p "${target%/*}"
     gcc -std=c11 -O3 -fPIC -shared -fstack-protector-strong -Wall -Wextra -Wconversion -Werror \
-        -Wl,-z,relro,-z,now -o "$target.new" "$source" -ldl
+        -Wl,-z,relro,-z,now -o "$target.new" "$native"/*.c -ldl
     chmod 755 "$target.new"
     mv -f "$target.new" "$target"
 }

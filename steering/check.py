@@ -16,6 +16,7 @@ from steering.pipeline import (
     COOKIE_PREFIX,
     GROUP_MASK,
     GROUP_PREFIX,
+    Register,
     Table,
     build_group_id,
     build_steer_key,
@@ -43,14 +44,15 @@ class Checker:
         self._legs = _Legs()
         self._pieces: frozenset[Piece] = frozenset()
         self._keys: set[FlowKey] = set()
-        self._index = FlowIndex()
+        self._canary = 0
+        self._index = FlowIndex({})
 
     def check(self, program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
         """As `check_program`."""
         legs = _find_legs(lanes)
-        if legs != self._legs:
+        if (legs, canary) != (self._legs, self._canary):
+            self._legs, self._canary = legs, canary
             self._forget()
-            self._legs = legs
         faults = (
             *self._follow(program),
             *_check_legs(self._keys, legs),
@@ -63,7 +65,10 @@ class Checker:
         return faults
 
     def _forget(self) -> None:
-        self._pieces, self._keys, self._index = frozenset(), set(), FlowIndex()
+        self._pieces, self._keys = frozenset(), set()
+        # Registers begin as 0; what the others carry is set on the way, if at all.
+        begins = {Register.SHORTCUT.value: "0", Register.LET_GO.value: "0"}
+        self._index = FlowIndex({"in_port": str(self._canary), **begins})
 
     def _follow(self, program: Program) -> Iterator[str]:
         pieces = frozenset(program.pieces)
@@ -88,26 +93,22 @@ def _check_flow(flow: Flow, legs: _Legs) -> Iterator[str]:
     if flow.cookie >> 48 != COOKIE_PREFIX:
         yield f"carries a foreign cookie: {flow}"
     # Packets move forward through the tables only, so nothing loops (a guess may retry POLICY once).
-    for fault in _find_order_faults(flow.table, flow.actions):
+    for fault in _find_order_faults(flow.key.table, flow.actions):
         yield f"{fault}: {flow}"
     yield from _check_return(flow, legs)
     yield from _check_shortcut(flow, legs.third)
 
 
 @lru_cache(maxsize=32_768)
-def _find_order_faults(table: Table, actions: str) -> tuple[str, ...]:
+def _find_order_faults(table: int, actions: str) -> tuple[str, ...]:
     """Remembered, since thousands of flows do the same."""
     faults: list[str] = []
     for number in map(int, _RESUBMIT.findall(actions)):
         if number not in _RANK:
             faults.append(f"resubmits to undeclared table {number}")
-        elif _RANK[number] <= _RANK[table.number] and not (table is Table.POLICY is _table(number)):
+        elif _RANK[number] <= _RANK[table] and not (table == number == Table.POLICY.number):
             faults.append("resubmits backwards")
     return tuple(faults)
-
-
-def _table(number: int) -> Table:
-    return next(table for table in Table if table.number == number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def _check_return(flow: Flow, legs: _Legs) -> Iterator[str]:
             flow.actions == "drop" or re.fullmatch(r"output:\d+", flow.actions)
         ):
             yield f"DELIVER does more than deliver: {flow}"
-    elif _OUTPUT.search(flow.actions):
+    elif "output:" in flow.actions and _OUTPUT.search(flow.actions):
         yield f"outputs outside DELIVER: {flow}"
 
 
@@ -212,7 +213,7 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
 
 def _check_canary(index: FlowIndex, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
     """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
-    reached = find_reached_in(index, {"in_port": str(canary)})
+    reached = find_reached_in(index)
     for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
         if table in reached.tables:
             yield f"the canary's port {canary} reaches {table.name}"

@@ -62,14 +62,22 @@ class _Level:
 
 
 class FlowIndex:
-    """Flows by what may meet them. Kept from one program to the next, so a change costs what it changes."""
+    """Flows that frames of a kind may meet, by what may meet them.
 
-    def __init__(self, flows: Iterable[Flow] = ()) -> None:
+    Kept from one program to the next, so a change costs what it changes. ``known``: as for `find_reached`.
+    """
+
+    def __init__(self, known: Fields, flows: Iterable[Flow] = ()) -> None:
+        self.known = dict(known)
+        here = re.escape(self.known["in_port"]) if "in_port" in known else "[^,]*"
+        self._other = re.compile(rf"(?:^|,)in_port=(?!{here}(?:,|$))")
         self._tables: dict[int, dict[int, _Level]] = {}
         for flow in flows:
             self.add(flow)
 
     def add(self, flow: Flow) -> None:
+        if self._other.search(flow.match):
+            return
         levels = self._tables.setdefault(flow.key.table, {})
         level = levels.setdefault(flow.priority, _Level())
         entry = _Entry(flow.actions, _read_match(flow.match))
@@ -83,6 +91,8 @@ class FlowIndex:
             unsure[flow.key] = entry
 
     def remove(self, flow: Flow) -> None:
+        if self._other.search(flow.match):
+            return
         level = self._tables[flow.key.table][flow.priority]
         telling = _find_telling(_read_match(flow.match))
         if telling is None:
@@ -121,14 +131,14 @@ def _find_telling(fields: Fields) -> tuple[str, str] | None:
 
 def find_reached(program: Program, known: Fields) -> Reached:
     """From CLASSIFY on. ``known``: fields as a match has them, e.g. ``{"in_port": "7"}``."""
-    return find_reached_in(FlowIndex(program.flows), known)
+    return find_reached_in(FlowIndex(known, program.flows))
 
 
-def find_reached_in(index: FlowIndex, known: Fields) -> Reached:
+def find_reached_in(index: FlowIndex) -> Reached:
     """`find_reached` of the flows of an index."""
     seen: set[tuple[int, frozenset[tuple[str, str]]]] = set()
     groups: set[int] = set()
-    left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, dict(known))]
+    left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, index.known)]
     while left:
         number, frame = left.pop()
         state = number, frozenset(frame.items())

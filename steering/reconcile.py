@@ -9,21 +9,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
+from steering.addresses import AddressTeller
+from steering.change import Applied, Plan, SwitchStatus, build_mismatch
 from steering.check import Checker
 from steering.compile import compile_program, find_steerable_ports
 from steering.compile_quarantine import find_quarantine_flows
-from steering.contests import Claims, record_claim
 from steering.counters import Counters, build_counters, find_tallies
 from steering.decide import check_against_switch, resolve_machines
 from steering.diff import Bundle, build_bundle, build_change
 from steering.errors import SwitchError, WrongInput
 from steering.events import (
-    AddressContested,
-    AddressSeen,
     DriftMended,
     LaneChanged,
     PortsChanged,
@@ -33,23 +32,14 @@ from steering.events import (
 from steering.flows import PresentFlow, Program
 from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
 from steering.model import Lane, Machine, Observed, PolicySet
+from steering.pipeline import CookieKind
 from steering.rush import GaveWay, Rush
-from steering.shortcut import (
-    HOLD_SECONDS,
-    Hold,
-    Return,
-    Taken,
-    build_port_return,
-    build_return,
-    build_untaught,
-    find_held,
-    find_shortcut_problems,
-    has_shortcuts,
-)
+from steering.shortcut import Return, Taken, find_shortcut_problems
 from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
+from steering.switch.shortcuts import Shortcuts
 from steering.tasks import cancel_all
 from steering.widths import find_width_problems
 
@@ -58,37 +48,11 @@ log = structlog.get_logger("reconcile")
 GROUP_CHECK_SECONDS = 1.0  # the flow monitor tells of flows at once, but not of groups
 FULL_CHECK_SECONDS = 5.0
 RETRY_SECONDS = 0.2
-OWNERLESS_KEPT = 10_000
+OWN_CHANGE_SECONDS = 2.0  # until which the flow monitor has told of what we changed ourselves
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What applying would do: the program wanted, and the bundle that leads there."""
-
-    program: Program
-    bundle: Bundle
-    observed: Observed
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What was done. ``seconds`` from the call to the verified read-back."""
-
-    bundle: Bundle
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SwitchStatus:
-    """``reachable`` False: ``reason`` says why, since ``since``."""
-
-    reachable: bool
-    reason: str
-    since: float
-    fail_mode: str
-    ovs_version: str
-    datapath_type: str
-    problems: tuple[str, ...]
+async def _record_nothing() -> None:
+    pass
 
 
 class Reconciler:
@@ -117,27 +81,29 @@ class Reconciler:
         self._policies = PolicySet()
         self._settled: Program | None = None
         self._standing: Program | None = None
+        self._own_changes, self._own_until = 0, 0.0
         self._verified: tuple[Program, tuple[PresentFlow, ...]] | None = None
         self._checker = Checker()
         self.rush = Rush()
         self._ghosts: tuple[Ghost, ...] = ()
         self._has_remembered = False
-        self._hold = Hold()
-        self._claims = Claims()
+        self._addresses = AddressTeller(on_event, clock)
         self._view: SwitchView | None = None
         self._is_view_stale = False
         self._widths: tuple[SwitchView, PolicySet, tuple[str, ...]] | None = None
         self._lost: tuple[str, float] | None = ("not connected yet", clock())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._shortcuts = Shortcuts(self._switch, self._lock, self._wake.set)
         self._first_view = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._forwarding: dict[str, bool] = {}
         self._owners: dict[int, str] = {}
-        self._ownerless: dict[tuple[int, str], tuple[float, LearnedAddress]] = {}
         self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread, canary)
-        self._monitor = FlowMonitor(openflow, self._take_address, self._wake.set)
+        self._monitor = FlowMonitor(
+            openflow, self._take_address, self._take_flow_change, self._doubt
+        )
 
     # What is seen
 
@@ -240,9 +206,20 @@ class Reconciler:
 
     async def read_counters(self) -> Counters:
         """Packets and bytes per policy, lane and drop reason. Raises SwitchError."""
+        return await self._read_counters(None)
+
+    async def read_lane_counters(self) -> Counters:
+        """`read_counters` of lanes alone: what is asked all the time must not dump every flow."""
+        return await self._read_counters(CookieKind.LANE)
+
+    async def read_canary_counters(self) -> Counters:
+        """`read_counters` of canaries alone."""
+        return await self._read_counters(CookieKind.CANARY)
+
+    async def _read_counters(self, kind: CookieKind | None) -> Counters:
         await self.rush.wait_free_async()
         flows, groups = await asyncio.gather(
-            self._switch.read_flow_counters(), self._switch.read_group_counters()
+            self._switch.read_flow_counters(kind), self._switch.read_group_counters()
         )
         policies, lanes = self._policies, self.lanes
         tallies = find_tallies(
@@ -260,6 +237,7 @@ class Reconciler:
         self._loop = asyncio.get_running_loop()
         self._policies = policies
         self._ovsdb.start()
+        await self._switch.open()
         self._tasks = [
             asyncio.create_task(self._monitor.run(), name="flow monitor"),
             asyncio.create_task(self._keep(), name="reconcile"),
@@ -271,70 +249,74 @@ class Reconciler:
 
     async def close(self) -> None:
         await cancel_all(self._tasks)
+        await self._switch.close()
         await asyncio.to_thread(self._ovsdb.close)
 
     async def plan(self, policies: PolicySet) -> Plan:
         """What applying ``policies`` would change. Raises WrongInput (faults), SwitchError."""
         async with self._lock:
-            return await self._plan(replace(policies, quarantined=self._policies.quarantined))
+            policies = replace(policies, quarantined=self._policies.quarantined)
+            return await self._plan(policies, await self._remember(self._find_observed(policies)))
 
     async def apply(
-        self, policies: PolicySet, record: Callable[[], Awaitable[None]] | None = None
+        self, policies: PolicySet, record: Callable[[], Awaitable[None]] = _record_nothing
     ) -> Applied:
         """Put ``policies`` in force: one bundle, then read back until equal.
 
-        ``record`` is awaited before anything is sent, once it is known that the switch can do it.
-
+        ``record`` is begun once it is known that the switch can do it, and runs beside: a disk may take
+        longer than the change. Should it fail, what was in force before is put back.
         Raises WrongInput, SwitchError, or what ``record`` does; then what was in force before still is.
         """
         began = time.monotonic()
         with contextlib.ExitStack() as rush:
             rush.enter_context(self.rush.claim())
             async with self._lock:
-                self._hold_shortcuts(find_held(Return(), policies, ()))
                 # Who is in quarantine is not the policies' business, and may have changed meanwhile.
                 policies = replace(policies, quarantined=self._policies.quarantined)
-                plan = await self._prepare(policies, record)
-                former, self._standing = self._policies, None
-                # Whatever a connection was let go under is to be judged by the new policies.
-                returned = build_return(Return(), ()) if has_shortcuts(former, policies) else ()
+                observed = await self._remember(self._find_observed(policies))
+                if policies.policies:
+                    self._check_may_steer()
+                recording = asyncio.ensure_future(record())
                 try:
-                    await self._switch.send_bundle(plan.bundle, returned)
-                except SwitchError:
-                    plan = await self._plan(policies)
-                    await self._switch.send_bundle(plan.bundle, returned)
+                    plan = await self._put(policies, observed)
+                except BaseException:
+                    recording.cancel()
+                    raise
                 rush.close()  # it is on the switch: looking at it again need not hold up others
+                former = self._policies
+                try:
+                    await recording
+                except BaseException:
+                    self._wake.set()  # should it not be put back here, it is by the next reconcile
+                    await self._restore(former)
+                    raise
                 left = await self._find_difference(plan.program)
                 if left:
-                    await self._send(Plan(plan.program, left, plan.observed))
+                    await self._send(left)
                     left = await self._find_difference(plan.program)
                 if left:
                     await self._restore(former)
-                    raise SwitchError(
-                        f"the switch reads back other than it was told in {len(left.changes)} places, "
-                        f"first: {left.changes[0].kind} {left.changes[0].text}",
-                        "what was in force before was put back; check for another controller",
-                    )
+                    raise build_mismatch(left, "what was in force before was put back")
                 quarantined = self._policies.quarantined
                 self._policies = replace(policies, quarantined=quarantined)
                 self._settled = self._standing = plan.program
                 return Applied(plan.bundle, time.monotonic() - began)
 
-    async def _prepare(
-        self, policies: PolicySet, record: Callable[[], Awaitable[None]] | None
-    ) -> Plan:
-        """The plan for `apply`; it is recorded while it is made."""
-        self._find_observed(policies)
-        if policies.policies:
-            self._check_may_steer()
-        recording = None if record is None else asyncio.ensure_future(record())
+    async def _put(self, policies: PolicySet, observed: Observed) -> Plan:
+        """Compile and send.
+
+        What was read back last is taken for what stands, so that the change is not held up by reading
+        it all once more; whatever somebody changed meanwhile, the read-back finds.
+        """
+        returned = self._shortcuts.build_change(self._policies, policies)
+        plan = await self._plan(policies, observed, self._standing)
+        self._standing = None
         try:
-            # What was read back last is taken for what stands, so that the change is not held up by
-            # reading it all once more; whatever somebody changed meanwhile, the read-back finds.
-            return await self._plan(policies, self._standing)
-        finally:
-            if recording is not None:
-                await recording
+            await self._send(plan.bundle, returned)
+        except SwitchError:
+            plan = await self._plan(policies, observed)
+            await self._send(plan.bundle, returned)
+        return plan
 
     async def shut_off(self, quarantined: frozenset[str]) -> float:
         """Let nothing pass from or to these VMs, and to others again; seconds until the switch had it.
@@ -368,7 +350,7 @@ class Reconciler:
 
     async def read_shortcuts(self) -> tuple[Taken, ...]:
         """The connections that the switch passes by itself now. Raises SwitchError."""
-        return await self._switch.read_shortcuts()
+        return await self._shortcuts.read()
 
     async def read_shortcut_counters(self) -> Counters:
         """As `read_counters`, but only ``shortcut``: cheap enough for each second. Raises SwitchError."""
@@ -380,18 +362,7 @@ class Reconciler:
 
     async def return_shortcuts(self, wanted: Return) -> float:
         """Have these connections inspected again; seconds until the switch had it. Raises SwitchError."""
-        began = time.monotonic()
-        machines = self.machines()
-        held = find_held(wanted, self._policies, machines)
-        self._hold_shortcuts(held)
-        taken = await self._switch.read_shortcuts() if wanted.ids else ()
-        lines = (*build_untaught(held), *build_return(wanted, machines, taken))
-        await self._switch.send_lines(lines)
-        seconds = time.monotonic() - began
-        async with self._lock:
-            # A reconcile that was under way may have taught them again meanwhile.
-            await self._switch.send_lines(lines)
-        return seconds
+        return await self._shortcuts.give_back(wanted, self._policies, self.machines())
 
     # The inside
 
@@ -404,19 +375,14 @@ class Reconciler:
                 f"`ovs-vsctl set-fail-mode {self._bridge} secure`",
             )
 
-    def _hold_shortcuts(self, policies: frozenset[str]) -> None:
-        if policies:
-            self._hold = self._hold.extend(policies, time.monotonic())
-            asyncio.get_running_loop().call_later(HOLD_SECONDS + 0.01, self._wake.set)
-
     async def _restore(self, policies: PolicySet) -> None:
         program = self._compile(policies, self.observed)
-        bundle = await self._find_difference(program)
-        await self._switch.send_bundle(bundle)
+        await self._send(await self._find_difference(program))
 
-    async def _plan(self, policies: PolicySet, standing: Program | None = None) -> Plan:
+    async def _plan(
+        self, policies: PolicySet, observed: Observed, standing: Program | None = None
+    ) -> Plan:
         """``standing``: what the switch has; None: it is asked."""
-        observed = await self._remember(self._find_observed(policies))
         program = self._compile(policies, observed)
         if standing is None:
             return Plan(program, await self._find_difference(program), observed)
@@ -442,7 +408,7 @@ class Reconciler:
             observed.lanes,
             observed.canary,
             observed.ghosts,
-            self._hold.find_untaught(time.monotonic()),
+            self._shortcuts.find_untaught(),
         )
         violated = self._checker.check(program, observed.lanes, observed.canary)
         if violated:
@@ -477,8 +443,28 @@ class Reconciler:
         self._verified = None if bundle else (program, present.flows)
         return bundle
 
-    async def _send(self, plan: Plan) -> None:
-        await self._switch.send_bundle(plan.bundle)
+    async def _send(self, bundle: Bundle, more: Sequence[str] = ()) -> None:
+        """Whoever sends reads back, so what the flow monitor tells of these changes is no news.
+
+        ``more``: lines of the same bundle that change nothing which was compiled.
+        """
+        flows = sum(change.command.startswith("flow ") for change in bundle.changes)
+        self._own_changes += flows
+        self._own_until = time.monotonic() + OWN_CHANGE_SECONDS
+        await self._switch.send_bundle(bundle, more)
+
+    def _take_flow_change(self) -> None:
+        """Somebody changed a flow of ours. One change is told once; more than we made are others'."""
+        if self._own_changes and time.monotonic() < self._own_until:
+            self._own_changes -= 1
+        else:
+            self._own_changes = 0
+            self._doubt()
+
+    def _doubt(self) -> None:
+        """What stands may be other than what was read back last: all is to be read before more is sent."""
+        self._standing = None
+        self._wake.set()
 
     def _take_view_from_thread(self, view: SwitchView | None) -> None:
         loop = self._loop
@@ -501,10 +487,11 @@ class Reconciler:
             if self._forwarding.get(lane.name) != up:
                 self._forwarding[lane.name] = up
                 self._on_event(LaneChanged(self._clock(), lane.name, up))
-        waiting, self._ownerless = self._ownerless, {}
-        for now, learned in waiting.values():
-            self._tell_address(now, learned)
+        self._addresses.follow(self.observed.ports, self._policies)
         self._wake.set()
+
+    async def _take_address(self, learned: LearnedAddress) -> None:
+        self._addresses.take(learned, self.observed.ports, self._policies)
 
     def _lose(self, reason: str) -> None:
         if self._lost is None:
@@ -517,30 +504,6 @@ class Reconciler:
         if self._lost is not None:
             self._lost = None
             self._on_event(SwitchChanged(self._clock(), True))
-
-    async def _take_address(self, learned: LearnedAddress) -> None:
-        self._tell_address(self._clock(), learned)
-
-    def _tell_address(self, now: float, learned: LearnedAddress) -> None:
-        owner = {port.ofport: port.vm_id for port in self.observed.ports}.get(learned.ofport)
-        if owner is None:
-            # The switch told of the address before OVSDB told of the port: kept until it does.
-            if len(self._ownerless) < OWNERLESS_KEPT:
-                self._ownerless[learned.ofport, learned.address] = (now, learned)
-        else:
-            at = now - learned.idle
-            self._on_event(AddressSeen(at, learned.address, owner, learned.claimed))
-            if learned.claimed:
-                self._tell_contest(at, learned.address, owner)
-
-    def _tell_contest(self, at: float, address: str, claimant: str) -> None:
-        present = {port.vm_id for port in self.observed.ports}
-        self._claims, holder = record_claim(
-            self._claims, address, claimant, present, time.monotonic()
-        )
-        shared = {one.vm_id for one in self._policies.machines if address in one.addresses}
-        if holder is not None and not {holder, claimant} <= shared:
-            self._on_event(AddressContested(at, address, holder, claimant))
 
     async def _keep(self) -> None:
         """Until cancelled: reconcile at every change, and look at groups and flows now and then."""
@@ -594,22 +557,23 @@ class Reconciler:
                 return
         observed = await self._remember(observed)
         program = self._compile(self._policies, observed)
-        bundle = await self.rush.give_way(lambda: self._find_difference(program))
-        moved = self._find_moved_ports(observed)
-        for ofport in moved:
+        for ofport in self._find_moved_ports(observed):
             await self._switch.forget_addresses(ofport)
-        if moved:
-            await self._switch.send_lines(build_port_return(moved))
+            await self._shortcuts.forget_ports([ofport])
+        # What came or went need not wait for all to be read.
+        ahead = Bundle() if self._standing is None else build_change(program, self._standing)
+        if ahead:
+            self._standing = None
+            await self._send(ahead)
+            self._standing = program
+        bundle = await self.rush.give_way(lambda: self._find_difference(program))
         self._standing = None
         if bundle:
-            await self._switch.send_bundle(bundle)
+            await self._send(bundle)
             left = await self._find_difference(program)
             if left:
-                raise SwitchError(
-                    f"the switch reads back other than it was told in {len(left.changes)} places, "
-                    f"first: {left.changes[0].kind} {left.changes[0].text}",
-                    "it is tried again; check for another controller",
-                )
+                raise build_mismatch(left, "it is tried again")
+        bundle = Bundle((*ahead.changes, *bundle.changes))
         before, self._settled = self._settled, program
         self._standing, drift = program, program == before
         self._tell(observed, bundle, time.monotonic() - began, drift=drift and before is not None)

@@ -88,6 +88,17 @@ async def run_async(
         )
     except OSError as fault:
         raise CommandFailed(shlex.join(argv), 127, str(fault)) from fault
+    return await _communicate(argv, process, stdin, timeout, check=check)
+
+
+async def _communicate(
+    argv: Sequence[str],
+    process: asyncio.subprocess.Process,
+    stdin: str | None,
+    timeout: float,  # noqa: ASYNC109 - the limit belongs to the command, not to the caller
+    *,
+    check: bool,
+) -> Finished:
     try:
         stdout, stderr = await asyncio.wait_for(
             process.communicate(None if stdin is None else stdin.encode()), timeout
@@ -100,3 +111,52 @@ async def run_async(
             raise
         raise CommandFailed(shlex.join(argv), None, "") from stopped
     return _finish(argv, process.returncode or 0, stdout, stderr, check)
+
+
+class SpareCommand:
+    """A command that is begun before its input is known: it waits for it, and so what is asked next does not
+
+    wait for the process to be started (5 ms). Once it was asked, another one is begun.
+    """
+
+    def __init__(self, argv: Sequence[str], *, timeout: float = 30.0) -> None:
+        self._argv = tuple(argv)
+        self._timeout = timeout
+        self._spare: asyncio.subprocess.Process | None = None
+        self._beginning: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Have one waiting. One that can't be started is told by `run`."""
+        if self._spare is not None and self._spare.returncode is None:
+            return
+        with contextlib.suppress(OSError):
+            self._spare = await asyncio.create_subprocess_exec(
+                *self._argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+
+    async def run(self, stdin: str) -> Finished:
+        """As `run_async`, by the one that waits; without one, by one of its own."""
+        process, self._spare = self._spare, None
+        if process is None or process.returncode is not None:
+            return await run_async(self._argv, stdin=stdin, timeout=self._timeout)
+        log.debug("run", command=shlex.join(self._argv))
+        try:
+            return await _communicate(self._argv, process, stdin, self._timeout, check=True)
+        finally:
+            self._beginning = asyncio.create_task(self.begin(), name="spare command")
+
+    async def close(self) -> None:
+        if self._beginning is not None:
+            await self._beginning
+        process, self._spare = self._spare, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        if process.stdin is not None:
+            process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 1.0)

@@ -56,6 +56,23 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_lane_largest_packet_bytes": Spec(
         "gauge", ("lane",), "The largest packet that the engine took, from its IP header on."
     ),
+    "hairpin_lane_shortcut": Spec(
+        "gauge",
+        ("lane", "state"),
+        "1 for whether the engine lets connections go: on (some went), ready (none went yet) or off.",
+    ),
+    "hairpin_lane_shortcut_connections": Spec(
+        "gauge",
+        ("lane",),
+        "Connections that the engine let go, or that returned, and are remembered.",
+    ),
+    "hairpin_lane_shortcut_events_total": Spec(
+        "counter",
+        ("lane", "event"),
+        "What the engine's library did with connections: entered (let go), returned (inspected again, from "
+        "then on always), renewed (a new connection on the same ports), refused_full and refused_mixed (not "
+        "let go), too_long (packets of returned ones that could not be wrapped).",
+    ),
     "hairpin_lane_packets_total": Spec(
         "counter",
         ("lane", "fate"),
@@ -265,11 +282,22 @@ def _find_counts(snapshot: Snapshot) -> Iterable[Sample]:
     yield "hairpin_quarantine_dropped_packets_total", (), shut_off
 
 
+SHORTCUT_EVENTS = (
+    "entered", "returned", "renewed", "refused_full", "refused_mixed", "too_long",
+)  # fmt: skip
+"""Fields of `publish.Shortcut`."""
+
+
 def _find_engines(snapshot: Snapshot) -> Iterable[Sample]:
     for lane in snapshot.inspection.lanes if snapshot.inspection else ():
         yield "hairpin_lane_engine_restarts_total", (lane.name,), lane.restarts
         yield "hairpin_lane_super_packets", (lane.name, str(lane.super_packets.state)), 1
         yield "hairpin_lane_largest_packet_bytes", (lane.name,), lane.super_packets.largest
+        cut = lane.shortcut
+        yield "hairpin_lane_shortcut", (lane.name, str(cut.state)), 1
+        yield "hairpin_lane_shortcut_connections", (lane.name,), cut.present
+        for event in SHORTCUT_EVENTS:
+            yield "hairpin_lane_shortcut_events_total", (lane.name, event), getattr(cut, event)
         for queue in lane.queues:
             labels = (lane.name, str(queue.number))
             yield "hairpin_queue_waiting_packets", labels, queue.waiting

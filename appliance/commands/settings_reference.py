@@ -45,11 +45,13 @@ lanes:
     queues: [0, 1]
     legA: {interface: leg-prevent-a, device: prevent-a}
     legB: {interface: leg-prevent-b, device: prevent-b}
+    legC: {interface: leg-prevent-c, device: prevent-c}
   - profile: detect
     vlan: 102
     queues: [2]
     legA: {interface: leg-detect-a, device: detect-a}
     legB: {interface: leg-detect-b, device: detect-b}
+    legC: {interface: leg-detect-c, device: detect-c}
 inspection:
   user: hairpin-engine
   suricata: /usr/bin/suricata
@@ -112,7 +114,8 @@ def find_sections(
     root = schema if root is None else root
     yield path, schema
     for key, value in schema["properties"].items():
-        for suffix, inner in (("", value), ("[]", value.get("items", {}))):
+        optional = [("", one) for one in value.get("anyOf", ())]
+        for suffix, inner in (("", value), ("[]", value.get("items", {})), *optional):
             if "$ref" in inner and "properties" in (part := _resolve(inner, root)):
                 yield from find_sections(f"{path}.{key}{suffix}".removeprefix("."), part, root)
 

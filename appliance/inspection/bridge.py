@@ -73,8 +73,8 @@ def write_bridges(lanes: Sequence[Lane]) -> tuple[BridgeReport, ...]:
         ) from fault
 
 
-def write_canary_device(device: str) -> BridgeReport:
-    """Make the canary's device right: up, silent, in no bridge. Idempotent; blocks shortly.
+def write_lone_device(device: str, whose: str) -> BridgeReport:
+    """Make the device of a canary or a third leg right: up, silent, in no bridge. Idempotent; blocks shortly.
 
     Raises HairpinError when the kernel refuses.
     """
@@ -90,11 +90,11 @@ def write_canary_device(device: str) -> BridgeReport:
             changes += _write_up(netlink, link, device)
     except NetlinkError as fault:
         raise HairpinError(
-            f"the canary's device can't be made right: {fault}",
+            f"{whose} device {device} can't be made right: {fault}",
             "run `hairpin doctor`; is this CAP_NET_ADMIN?",
         ) from fault
     if changes:
-        log.info("canary device changed", device=device, changes=changes)
+        log.info("device changed", device=device, changes=changes)
     return BridgeReport(tuple(changes), (), (int(link.get("IFLA_MTU")),))
 
 

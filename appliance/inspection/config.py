@@ -77,6 +77,8 @@ PROTOCOLS = (
 
 # What a plain YAML scalar takes without a quote, and a path needs.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+@=-]*")
+FLOW_TIMEOUT = 300
+"""Seconds of silence after which an engine forgets an established TCP connection."""
 SOCKET_PATH_LIMIT = 107
 """Longest path of a Unix socket in bytes (unix(7), sun_path without its final zero)."""
 
@@ -172,6 +174,7 @@ def render_engine_config(config: EngineConfig, data: Path | None = None) -> str:
         matcher="hs" if config.hyperscan else "auto",
         memory=config.memory,
         http=config.http,
+        flow_timeout=FLOW_TIMEOUT,
         app_layer_error_policy=find_app_layer_error_policy(config.lane.profile),
     )
 

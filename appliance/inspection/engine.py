@@ -105,15 +105,28 @@ def render_privileges(user: str) -> tuple[str, ...]:
 
 
 def render_start(
-    binary: Path, user: str, lane: Lane, config: Path, library: Path | None = None
+    binary: Path,
+    user: str,
+    lane: Lane,
+    config: Path,
+    library: Path | None = None,
+    *,
+    super_packets: bool = True,
+    shortcut: Path | None = None,
 ) -> tuple[str, ...]:
     """The command of a lane's engine: one `-q` for each of its queues; ``library`` is preloaded.
+
+    It takes super-packets if ``super_packets``; ``shortcut`` is the state file by which it lets connections go.
 
     ld.so(8) ignores LD_PRELOAD where a program gains privileges as it starts. Ambient capabilities are
     none of those, so the engine has it.
     """
     queues = tuple(part for queue in lane.queues for part in ("-q", str(queue)))
-    preload = () if library is None else ("env", f"LD_PRELOAD={library}")
+    preload: tuple[str, ...] = ()
+    if library is not None:
+        preload = ("env", f"LD_PRELOAD={library}")
+        preload += () if super_packets else ("HAIRPIN_NO_SUPER_PACKETS=1",)
+        preload += () if shortcut is None else (f"HAIRPIN_SHORTCUT={shortcut}",)
     return (*render_privileges(user), *preload, str(binary), "-c", str(config), "-v", *queues)
 
 

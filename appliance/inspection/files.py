@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import os
 import pwd
@@ -11,6 +12,7 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from steering.errors import HairpinError
 
@@ -153,3 +155,53 @@ def read_log(log_file: Path, start: int, size: int = 65536) -> str:
             return stream.read(size).decode(errors="replace")
     except OSError:
         return ""
+
+
+def read_end(path: Path, size: int = 16384) -> str:
+    """The last ``size`` bytes of a file as text; empty when there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
+            return stream.read(size).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def write_state_file(path: Path, content: bytes, owner: Owner) -> None:
+    """Put the file that an engine's library shares with us in its place, unless it is there already.
+
+    An engine that is adopted goes on with the one it has. Raises OSError.
+    """
+    with contextlib.suppress(OSError), _open_state(path, owner) as stream:
+        if os.fstat(stream.fileno()).st_size == len(content) and stream.read(8) == content[:8]:
+            return
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as stream:
+        stream.write(content)
+        os.fchown(stream.fileno(), owner.uid, owner.gid)
+
+
+def write_state_part(path: Path, at: int, part: bytes, owner: Owner) -> None:
+    """Raises OSError when there is no such file, or it is not what `write_state_file` made."""
+    with _open_state(path, owner) as stream:
+        os.pwrite(stream.fileno(), part, at)
+
+
+def read_state_file(path: Path, size: int, owner: Owner) -> bytes:
+    """Its first ``size`` bytes; empty when there is none."""
+    try:
+        with _open_state(path, owner) as stream:
+            return os.pread(stream.fileno(), size, 0)
+    except OSError:
+        return b""
+
+
+def _open_state(path: Path, owner: Owner) -> BinaryIO:
+    # The directory is the engine's: what it put there instead must not be written to as root.
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    seen = os.fstat(descriptor)
+    if not stat.S_ISREG(seen.st_mode) or seen.st_nlink != 1 or seen.st_uid != owner.uid:
+        os.close(descriptor)
+        raise OSError(errno.EPERM, "is not the file that was made", str(path))
+    return cast(BinaryIO, os.fdopen(descriptor, "r+b", buffering=0))

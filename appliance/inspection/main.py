@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from appliance.inspection import bridge, engine, files
+from appliance.inspection import bridge, engine, files, redirect
 from appliance.inspection.canary_service import CanaryService
 from appliance.inspection.faults import FaultBook
 from appliance.inspection.netfilter import (
@@ -37,6 +37,7 @@ log = structlog.get_logger("inspection")
 
 NETWORK_PERIOD = 2.0
 """Seconds between two looks at rules and bridges."""
+NETWORK_GAP = 0.05
 PUBLISH_PERIOD = 1.0
 
 
@@ -86,7 +87,7 @@ class Inspection:
             return
         device = self.settings.canary.device
         try:
-            report = await asyncio.to_thread(bridge.write_canary_device, device)
+            report = await asyncio.to_thread(bridge.write_lone_device, device, "the canary's")
         except HairpinError as fault:
             self._note("canary device", fault.reason, fault.mend)
             return
@@ -101,6 +102,49 @@ class Inspection:
         if report.changes and not first:
             reason = f"the canary's device had been changed: {'; '.join(report.changes)}"
             self.faults.note_mended("canary changed", reason, "", time.time())
+
+    async def keep_redirections(self) -> None:
+        """Let connections go by the third legs while these carry, for ever; at once when a device changes."""
+        if all(lane.leg_c is None for lane in self.lanes):
+            return
+        changed = asyncio.Event()
+        first = True
+        with redirect.watch_links(changed.set):
+            while True:
+                changed.clear()
+                for supervisor in self.supervisors:
+                    if (leg := supervisor.lane.leg_c) is not None:
+                        await self._write_redirection(supervisor, leg.device, first=first)
+                first = False
+                self._changed.set()
+                # Devices that come and go all the time must not keep us busy.
+                await asyncio.sleep(NETWORK_GAP)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), NETWORK_PERIOD)
+
+    async def _write_redirection(
+        self, supervisor: LaneSupervisor, device: str, *, first: bool
+    ) -> None:
+        """A third leg that is missing costs the shortcut, not inspection."""
+        faults, now = supervisor.faults, time.time()
+        try:
+            seen = await asyncio.to_thread(bridge.write_lone_device, device, "leg C's")
+        except HairpinError as fault:
+            supervisor.shortcut.shut()
+            faults.note("leg C", fault.reason, fault.mend, now)
+            return
+        report = await redirect.write_redirection(supervisor.lane, supervisor.shortcut.shut)
+        supervisor.shortcut.take_redirection(report)
+        if report.off:
+            mend = (
+                "see the device of legC in the settings; all goes on inspected, without a shortcut"
+            )
+            faults.note("leg C", f"no shortcut: {report.off}", mend, now)
+        else:
+            faults.mend("leg C", now)
+        if (changes := (*seen.changes, *report.changes)) and not first:
+            reason = f"the third leg had been changed: {'; '.join(changes)}"
+            faults.note_mended("leg C changed", reason, "", now)
 
     def _note(self, kind: str, reason: str, mend: str) -> None:
         self.faults.note(kind, reason, mend, time.time())
@@ -197,6 +241,7 @@ class Inspection:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self.keep_network()),
+                    group.create_task(self.keep_redirections()),
                     group.create_task(self.keep_published()),
                     *(
                         group.create_task(supervisor.run(read_queue_counters))
@@ -257,4 +302,6 @@ async def remove_network(settings: Settings) -> None:
     lanes = settings.build_lanes()
     bridge.enter_namespace(settings.inspection.netns)
     await asyncio.to_thread(bridge.remove_bridges, lanes)
+    for lane in lanes:
+        await redirect.remove_redirection(lane)
     await Netfilter(await find_dialect(settings.inspection.dialect), lanes).remove()

@@ -48,6 +48,34 @@ class SuperPackets(_Value):
     largest: int = 0
 
 
+class ShortcutState(StrEnum):
+    """`on`: the engine let connections go; `ready`: it may, none went yet; `off`: none goes, for a reason."""
+
+    ON = "on"
+    READY = "ready"
+    OFF = "off"
+
+
+class Shortcut(_Value):
+    """Whether an engine lets connections go, and how many (those of the engine that runs).
+
+    ``present``: known to its library now; ``returned``: seen by the engine again after a gap; ``renewed``: a new
+    connection on the ports of one that went. Not let go were ``refused_full`` (no room in the table)
+    and ``refused_mixed`` (one verdict for packets of which not all may go). ``too_long``: packets of
+    returned connections that the engine saw as they are, being too long to be wrapped.
+    """
+
+    state: ShortcutState = ShortcutState.OFF
+    reason: str = "nothing is known of the engine yet"
+    present: int = 0
+    entered: int = 0
+    returned: int = 0
+    renewed: int = 0
+    refused_full: int = 0
+    refused_mixed: int = 0
+    too_long: int = 0
+
+
 class Fault(_Value):
     """Something wrong: what, what to do next, since when (epoch). `mended`: when it was over."""
 
@@ -125,6 +153,7 @@ class LaneState(_Value):
     version: str = ""
     hyperscan: bool = False
     super_packets: SuperPackets = SuperPackets()
+    shortcut: Shortcut = Shortcut()
     rules_loaded: int = 0
     rules_failed: int = 0
     queues: tuple[QueueState, ...] = ()

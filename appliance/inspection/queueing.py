@@ -10,6 +10,9 @@ bridge-netfilter switched off, the lane is closed. Behind the queue stands a dro
 that was queued comes to: with the queue's rule alone deleted, the lane is closed too.
 
 The rules count as they decide, tagged and plain frames apart, in and out (`counting`).
+
+Where a lane has a third leg, the class of a frame (`shortcut`), told by the priority in its tag, is put into its
+mark before it is queued. The mark is written anew there, so no class can come from anywhere else.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from appliance.inspection.shortcut import CLASS_SHIFT
 from steering.errors import FieldError, WrongInput
 from steering.model import Lane
+from steering.shortcut import PRIORITY_CODES
 
 CHAIN = "hairpin"
 """Our chain in each table of the iptables dialect, and our table in the nftables dialect."""
@@ -140,6 +145,7 @@ def render_rules(kind: TableKind, lanes: Sequence[Lane]) -> tuple[str, ...]:
             *(f"-A {CHAIN} -o {device} -j DROP" for device in devices),
         )
     return (
+        *(line for lane in lanes for line in render_marking(lane)),
         *(line for lane in lanes for line in render_entering(lane)),
         *(f"-A {CHAIN} -i {device} -j DROP" for device in devices),
         *(f"-A {CHAIN} -o {device} -j DROP" for device in devices),
@@ -170,6 +176,31 @@ def render_entering(lane: Lane) -> tuple[str, ...]:
             f"-A {CHAIN} -p IPv6 {way} -j ACCEPT",
             f"-A {CHAIN} -p {TAGGED} {way} --vlan-id {lane.vlan} --vlan-encap 0800 -j ACCEPT",
             f"-A {CHAIN} -p {TAGGED} {way} --vlan-id {lane.vlan} --vlan-encap 86DD -j ACCEPT",
+        ]
+    return tuple(rules)
+
+
+def _find_marks(lane: Lane) -> tuple[tuple[int, int], ...]:
+    """(priority of a tag, mark) of each class of frames in a lane; none where it has no third leg."""
+    if lane.leg_c is None:
+        return ()
+    return tuple((code, code << CLASS_SHIFT) for code in sorted(PRIORITY_CODES.values()))
+
+
+def render_marking(lane: Lane) -> tuple[str, ...]:
+    """The rules of ebtables filter that put a frame's class into its mark, and go on.
+
+    By the priority alone: with `--vlan-id` beside it ebtables leaves it out (ebtables-nft 1.8.9), and
+    frames of other VLANs are dropped behind.
+    """
+    rules: list[str] = []
+    for entry, leave in _directions(lane) if (marks := _find_marks(lane)) else ():
+        way = f"-i {entry} -o {leave}"
+        rules.append(f"-A {CHAIN} {way} -j mark --mark-set 0x0 --mark-target CONTINUE")
+        rules += [
+            f"-A {CHAIN} -p {TAGGED} {way} --vlan-prio {priority} "
+            f"-j mark --mark-set 0x{mark:x} --mark-target CONTINUE"
+            for priority, mark in marks
         ]
     return tuple(rules)
 
@@ -323,6 +354,7 @@ def render_nftables(lanes: Sequence[Lane]) -> str:
         plain, tagged = _count(lane, "in_untagged"), _count(lane, "in_tagged")
         lines += [
             f"\tchain {find_bridge_name(lane)} {{",
+            *_mark_classes(lane),
             f"\t\tether type {{ ip, ip6 }} {plain} {queue}",
             f"\t\tether type 8021q vlan id {lane.vlan} vlan type {{ ip, ip6 }} {tagged} {queue}",
             f"\t\t{_count(lane, 'refused')} drop",
@@ -357,6 +389,13 @@ def render_nftables(lanes: Sequence[Lane]) -> str:
     return "\n".join([*lines, "\t}", "}"]) + "\n"
 
 
+def _mark_classes(lane: Lane) -> list[str]:
+    marks = _find_marks(lane)
+    tagged = f"\t\tether type 8021q vlan id {lane.vlan} vlan pcp"
+    first = ["\t\tmeta mark set 0x00000000"] if marks else []
+    return first + [f"{tagged} {priority} meta mark set 0x{mark:08x}" for priority, mark in marks]
+
+
 def _quote(devices: Iterable[str]) -> str:
     listed = ", ".join(f'"{device}"' for device in devices)
     return f"{{ {listed} }}"
@@ -374,11 +413,13 @@ def render_nftables_probe() -> str:
 
 
 def count_nftables_rules(text: str) -> int:
-    """How many rules a table has, as rendered or as listed: the lines that end in a verdict."""
+    """How many rules a table has, as rendered or as listed: the lines that end in a verdict or set a mark."""
     return sum(
         1
         for line in text.splitlines()
-        if re.search(r"(\bdrop|\baccept|\bqueue (num|to|flags)\b.*|\bgoto \S+)$", line.strip())
+        if re.search(
+            r"(\bdrop|\baccept|\bqueue (num|to|flags)\b.*|\bgoto \S+|\bmark set \S+)$", line.strip()
+        )
     )
 
 

@@ -34,6 +34,7 @@ from appliance.inspection.publish import (
     write_atomically,
 )
 from appliance.inspection.rulesets import Ruleset, Rulesets
+from appliance.inspection.shortcut_lane import LaneShortcut
 from appliance.inspection.socket import (
     EngineRefused,
     EngineSilent,
@@ -118,7 +119,9 @@ class LaneSupervisor:
         self._log_start = 0
         self._lost_at = 0.0
         self._counters: EngineCounters | None = None
-        self._library = find_queue_library() if settings.inspection.super_packets else None
+        wanted = settings.inspection.super_packets or lane.leg_c is not None
+        self._library = find_queue_library() if wanted else None
+        self.shortcut = LaneShortcut(settings, lane, owner)
         self._start_log = ""
 
     def build_state(
@@ -141,6 +144,9 @@ class LaneSupervisor:
                 built=self._library is not None,
                 log=self._start_log,
                 counters=self._counters,
+            ),
+            shortcut=self.shortcut.find(
+                None if record is None else record.pid, built=self._library is not None
             ),
             rules_loaded=self._rules[0],
             rules_failed=self._rules[1],
@@ -220,6 +226,7 @@ class LaneSupervisor:
     def _write_config(self, ruleset: Path | None = None) -> None:
         """`ruleset`: another one than the one in force, for a start; what a reload reads is put back."""
         files.write_lane_directory(self.paths.directory, self.owner)
+        self.shortcut.write()
         self.paths.record.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         config = engine_config.build_engine_config(self.settings, self.lane)
         text = engine_config.render_engine_config(config)
@@ -237,6 +244,8 @@ class LaneSupervisor:
             self.lane,
             self.paths.config,
             self._library,
+            super_packets=self.settings.inspection.super_packets,
+            shortcut=self.shortcut.path,
         )
 
     def _adopt(self) -> bool:

@@ -144,9 +144,9 @@ def create_vm_link(state: LabState, vm: LabVm) -> None:
 
 
 def create_lane_links(state: LabState, lane: LabLane) -> None:
-    """Both legs of a lane; the service host gets the devices only, `hairpin inspect` the rest."""
+    """The legs of a lane; the service host gets the devices only, `hairpin inspect` the rest."""
     pair = (state.leg_mtu, state.leg_mtu)
-    for interface, device, _ofport in lane.legs:
+    for interface, device, _ofport in lane.all_legs:
         _add_pair(state, interface, state.service_host, device, pair, "")
         _set_up(state.service_host, device)
 

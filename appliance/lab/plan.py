@@ -35,6 +35,7 @@ CANARY_PORT = "hp-canary"
 CANARY_DEVICE = "canary"
 CANARY_OFPORT = 291
 FIRST_LEG_OFPORT = 200
+FIRST_THIRD_LEG_OFPORT = 210
 MOVED_OFPORT = 300
 # The lab is made by the administrator of the switch, not by Hairpin: its flow has no cookie.
 PLAIN_FLOW = "priority=0,actions=NORMAL"
@@ -66,7 +67,10 @@ class LabVm:
 
 @dataclass(frozen=True, slots=True)
 class LabLane:
-    """A lane's two veth pairs; ``bfd_mac`` is random, so that no VM can make up its BFD frames."""
+    """A lane's veth pairs; ``bfd_mac`` is random, so that no VM can make up its BFD frames.
+
+    The third, leg C, is for frames whose connection may take a shortcut; a lab of before has none.
+    """
 
     profile: str
     vlan: int
@@ -78,14 +82,23 @@ class LabLane:
     ofport_a: int
     ofport_b: int
     bfd_mac: str
+    leg_c: str = ""
+    device_c: str = ""
+    ofport_c: int = 0
 
     @property
     def legs(self) -> tuple[tuple[str, str, int], ...]:
-        """(OVS port, device in the service host, ofport) of both legs."""
+        """(OVS port, device in the service host, ofport) of the two legs that packets are steered by."""
         return (
             (self.leg_a, self.device_a, self.ofport_a),
             (self.leg_b, self.device_b, self.ofport_b),
         )
+
+    @property
+    def all_legs(self) -> tuple[tuple[str, str, int], ...]:
+        """As `legs`, and leg C where there is one."""
+        third = ((self.leg_c, self.device_c, self.ofport_c),) if self.leg_c else ()
+        return (*self.legs, *third)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +289,7 @@ def build_vms(lab: str, count: int) -> tuple[LabVm, ...]:
 
 
 def build_lanes(random: bytes) -> tuple[LabLane, ...]:
-    """The two lanes; ``random`` (10 bytes) makes their BFD addresses, locally administered."""
+    """The two lanes, with three legs each; ``random`` (10 bytes) makes their BFD addresses, locally administered."""
     return tuple(
         LabLane(
             profile=profile,
@@ -288,6 +301,9 @@ def build_lanes(random: bytes) -> tuple[LabLane, ...]:
             device_b=f"{short}-b",
             ofport_a=FIRST_LEG_OFPORT + 2 * index,
             ofport_b=FIRST_LEG_OFPORT + 2 * index + 1,
+            leg_c=f"hp-{short}-c",
+            device_c=f"{short}-c",
+            ofport_c=FIRST_THIRD_LEG_OFPORT + index,
             bfd_mac=":".join(f"{byte:02x}" for byte in (2, *random[5 * index : 5 * index + 5])),
         )
         for index, (profile, short) in enumerate((("prevent", "prev"), ("detect", "det")))
@@ -356,6 +372,11 @@ def render_settings(state: LabState) -> str:
                 "queues": list(lane.queues),
                 "legA": {"interface": lane.leg_a, "device": lane.device_a},
                 "legB": {"interface": lane.leg_b, "device": lane.device_b},
+                **(
+                    {"legC": {"interface": lane.leg_c, "device": lane.device_c}}
+                    if lane.leg_c
+                    else {}
+                ),
             }
             for lane in state.lanes
         ],
@@ -386,18 +407,20 @@ def build_port_args(vm: LabVm) -> list[str]:
 
 
 def build_leg_args(lane: LabLane) -> list[str]:
-    """ovs-vsctl arguments that add a lane's two legs with BFD between them.
+    """ovs-vsctl arguments that add a lane's legs, with BFD between A and B; nothing is steered into C.
 
     ``tag`` keeps NORMAL from flooding a VM's frame into a leg, ``protected`` from passing a frame
     from one leg to the other; neither touches what a flow outputs. The keys of the column `bfd` are
     those of ovs-vswitchd.conf.db(5); intervals in milliseconds.
     """
     args: list[str] = []
-    for interface, _device, ofport in lane.legs:
+    for interface, _device, ofport in lane.all_legs:
         args += ["--", "add-port", BRIDGE, interface, f"tag={lane.vlan}"]
         args += ["--", "set", "Port", interface, "protected=true"]
         args += ["--", "set", "Interface", interface, f"ofport_request={ofport}"]
         args += [f"external_ids:hairpin-lane={lane.profile}"]
+        if interface == lane.leg_c:
+            continue
         args += ["bfd:enable=true", "bfd:min_rx=50", "bfd:min_tx=50"]
         args += [f'bfd:bfd_local_dst_mac="{lane.bfd_mac}"']
         args += [f'bfd:bfd_remote_dst_mac="{lane.bfd_mac}"']

@@ -16,8 +16,8 @@ from appliance.assurance.stages import Stage
 from appliance.export.exporter import ExporterStatus, State
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
 from appliance.rules.model import RulesState
+from steering.change import SwitchStatus
 from steering.model import Inspect, Lane, PolicySet
-from steering.reconcile import SwitchStatus
 
 FRESH_SECONDS = 5.0
 UNDECIDED_STAGES = (Stage.SENDER, Stage.RETURN, Stage.EVE, Stage.STORE)

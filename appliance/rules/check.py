@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from appliance.rules.model import STARTER_SIDS, LeftOut, Rule, Unparsed
 from appliance.rules.parse import parse_lines, parse_rule
+from appliance.rules.shortcut import FLOWBITS, has_bypass, rewrite_bypass
 from steering.model import Profile
 
 RULE_LIMIT = 200_000
 _ACTIONS = frozenset({"alert", "drop", "reject", "rejectsrc", "rejectdst", "rejectboth"})
 _FORBIDDEN: Mapping[str, str] = {
-    "bypass": "would take the rest of a flow out of inspection",
     "nfq_set_mark": "sets packet marks, which steer traffic",
     "lua": "runs a script",
     "luajit": "runs a script",
@@ -62,6 +62,8 @@ def check_rule_line(line: str, starter: bool = False) -> Rule | Unparsed:
     for name, value in rule.options:
         if reason := _FORBIDDEN.get(name):
             return Unparsed(f"option {name} {reason}", rule.sid)
+        if name == "flowbits" and FLOWBITS in value.lower():
+            return Unparsed(f"flowbits that begin with {FLOWBITS} let connections go", rule.sid)
         if name == "dataset":
             words = {item.split()[0].lower() for item in value.split(",") if item.strip()}
             if bad := sorted(words & _DATASET_FORBIDDEN):
@@ -108,11 +110,14 @@ def build_source(
     return SourceRules(name, tuple(enabled), tuple(disabled), names, tuple(left_out))
 
 
-def finish_rules(lines: Iterable[str], profile: Profile) -> tuple[tuple[Rule, ...], list[LeftOut]]:
-    """The merged ruleset in its final form, in order of gid and sid, and what can't stay in it.
+def finish_rules(
+    lines: Iterable[str], profile: Profile, *, shortcut: bool = False
+) -> tuple[tuple[Rule, ...], list[LeftOut], list[LeftOut]]:
+    """The merged ruleset in its final form, in order of gid and sid, what can't stay in it, and what was rewritten.
 
     suricata-update makes a rule silent when only its flowbits are needed, after it may have made a
     drop of it: a silent drop would kill traffic without a word, so it alerts (silently) instead.
+    ``shortcut``: the lane has a third leg, so a rule with `bypass` says that a connection may go.
     """
     kept: dict[tuple[int, int], Rule] = {}
     left_out = []
@@ -127,4 +132,12 @@ def finish_rules(lines: Iterable[str], profile: Profile) -> tuple[tuple[Rule, ..
         if action != verdict.action:
             verdict = replace(verdict, action=action, text=build_with_action(verdict, action))
         kept[verdict.gid, verdict.sid] = verdict
-    return tuple(kept[key] for key in sorted(kept)), left_out
+    rewritten = []
+    for key, rule in kept.items():
+        if has_bypass(rule):
+            kept[key] = rewrite_bypass(rule, shortcut=shortcut)
+            marks = "nfq_set_mark:" in kept[key].text
+            what = "sets the shortcut's mark instead" if marks else "was taken out"
+            reason = f"its `bypass` {what}: the engine goes on inspecting"
+            rewritten.append(LeftOut(rule.sid, rule.msg, "", reason))
+    return tuple(kept[key] for key in sorted(kept)), left_out, rewritten

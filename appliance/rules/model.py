@@ -114,7 +114,8 @@ class RevisionReport:
     """`report.json` of a revision. ``left_out`` holds at most LEFT_OUT_LIMIT of ``left_out_count``.
 
     ``keys`` is source name -> keys of its rules in the ruleset. ``skipped`` rules are those whose
-    ``requires`` this Suricata does not meet. ``loaded`` counts the canary's rule too, ``drops`` does not.
+    ``requires`` this Suricata does not meet. ``loaded`` counts the canary's and the shortcut's rules too, ``drops``
+    does not. ``rewritten``: rules that are in force otherwise than their source has them, and how.
     """
 
     profile: Profile
@@ -128,6 +129,7 @@ class RevisionReport:
     left_out: tuple[LeftOut, ...]
     left_out_count: int
     keys: Mapping[str, tuple[str, ...]]
+    rewritten: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class ProfileReport:
     changed: Changed
     seconds: float
     refused: str = ""
+    rewritten: tuple[LeftOut, ...] = ()
 
     @property
     def in_force(self) -> bool:

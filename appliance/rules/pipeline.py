@@ -39,6 +39,7 @@ from appliance.rules.model import (
     UpdateReport,
 )
 from appliance.rules.parse import build_info, parse_cve, parse_rule
+from appliance.rules.shortcut import RULE_BIT, SHORTCUT_KEYS, build_shortcut_rules
 from appliance.rules.sources import SourceCache, read_starter
 from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore, build_revision
 from appliance.rules.trial import find_loadable, render_rules, write_test_config
@@ -48,6 +49,8 @@ from steering.model import Profile
 
 log = structlog.get_logger("rules")
 
+OWN_KEYS = SHORTCUT_KEYS | {CANARY_KEY}
+"""Rules that no source gave: nobody is shown them."""
 Reload = Callable[[str, Path], Awaitable[ReloadVerdict]]
 Progress = Callable[[str], None]
 Gathered = tuple[tuple[SourceRules, SourceReport], ...]
@@ -276,7 +279,14 @@ class RulePipeline:
             config = self._test_config(profile)
         progress(f"{profile}: merging {sum(len(source.enabled) for source, _ in gathered)} rules")
         lines = await updater.run_merge(profile, files, config, work)
-        rules, spoiled = await asyncio.to_thread(finish_rules, lines, profile)
+        shortcut = any(
+            lane.profile is profile and lane.leg_c is not None for lane in self._settings.lanes
+        )
+        rules, spoiled, rewritten = await asyncio.to_thread(
+            finish_rules, lines, profile, shortcut=shortcut
+        )
+        if rewritten:
+            progress(f"{profile}: {len(rewritten)} rules had `bypass`, which is taken out")
         merged = {rule.key: rule for rule in rules}
         sources = [source for source, _ in gathered]
         named = frozenset(f"1:{one.sid}" for one in spoiled)
@@ -293,14 +303,18 @@ class RulePipeline:
                 f"{profile}: {trial.loaded} rules, fewer than the floor of {floor}",
                 "check the sources, or lower rules.floor",
             )
-        if own := [one for one in refused if one.source == STARTER]:
+        if broken := [one for one in refused if one.source == STARTER]:
             raise RulesetRefused(
-                f"starter rule {own[0].sid}: {own[0].reason}", "report it: all of them must load"
+                f"starter rule {broken[0].sid}: {broken[0].reason}",
+                "report it: all of them must load",
             )
         left_out = [one for source in sources for one in source.left_out]
         left_out += [*missing, *spoiled, *inherited, *refused]
         left_out.sort(key=lambda one: (one.source, one.sid or 0, one.reason))
-        text = seal_rules(render_rules(loadable))
+        own: tuple[str, ...] = ()
+        if shortcut:
+            own = build_shortcut_rules(by_rule=any(RULE_BIT in rule.text for rule in loadable))
+        text = seal_rules(render_rules(loadable) + "".join(f"{line}\n" for line in own))
         before = await asyncio.to_thread(self._read_current, profile)
         return _Built(
             report=RevisionReport(
@@ -308,13 +322,14 @@ class RulePipeline:
                 revision=build_revision(text.encode()),
                 created=self._clock(),
                 sha256=hashlib.sha256(text.encode()).hexdigest(),
-                loaded=trial.loaded + 1,  # the canary's
+                loaded=trial.loaded + len(own) + 1,  # the canary's
                 skipped=trial.skipped,
                 drops=sum(rule.action == "drop" for rule in loadable),
                 sources=tuple(report for _, report in gathered),
                 left_out=tuple(left_out[:LEFT_OUT_LIMIT]),
                 left_out_count=len(left_out),
                 keys=build_keys(loadable, owners),
+                rewritten=tuple(rewritten[:LEFT_OUT_LIMIT]),
             ),
             rules=text,
             changed=build_changed(before, {rule.key: rule.text for rule in loadable}),
@@ -330,7 +345,7 @@ class RulePipeline:
         return {
             rule.key: rule.text
             for rule in rules
-            if isinstance(rule, Rule) and rule.key != CANARY_KEY
+            if isinstance(rule, Rule) and rule.key not in OWN_KEYS
         }
 
     async def _put_in_force(
@@ -378,6 +393,7 @@ class RulePipeline:
             changed=built.changed,
             seconds=built.seconds,
             refused="" if refusal is None else refusal.reason,
+            rewritten=report.rewritten,
         )
 
     async def _ask(
@@ -497,7 +513,7 @@ class RulePipeline:
             infos = tuple(
                 build_info(rule, owners.get(rule.key, ""))
                 for rule in rules
-                if isinstance(rule, Rule) and rule.key != CANARY_KEY
+                if isinstance(rule, Rule) and rule.key not in OWN_KEYS
             )
             self._found = {key: one for key, one in self._found.items() if key[0] != profile}
             self._found[profile, revision] = infos

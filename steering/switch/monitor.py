@@ -30,10 +30,12 @@ class FlowMonitor:
         target: str,
         on_address: Callable[[LearnedAddress], Awaitable[None]],
         on_change: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._target = target
         self._on_address = on_address
         self._on_change = on_change
+        self._on_lost = on_lost
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -45,7 +47,7 @@ class FlowMonitor:
             except Exception:
                 # What it told before may be wrong: all is read anew, and it is followed again.
                 log.exception("flow monitor failed")
-            self._on_change()
+            self._on_lost()
             await asyncio.sleep(0.2)
 
     async def _watch(self) -> None:

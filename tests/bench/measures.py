@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tests.bench.policy import measure_flows, measure_policy
 from tests.bench.rows import Path, Round, Row, build_row, check, find_cpu_ratio, find_median
+from tests.bench.shortcut import measure_mix, measure_shortcut
 from tests.bench.stage import TARGETS, Stage
 from tests.bench.traffic import (
     find_quantile,
@@ -19,16 +20,17 @@ from tests.bench.traffic import (
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured: rounds, seconds of each transfer, pings, changes of policy."""
+    """How much is measured: rounds, seconds of each transfer, pings, changes of policy, elephants."""
 
     rounds: int
     seconds: float
     pings: int
     changes: int
+    elephants: int
 
 
-WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=30)
-QUICK = Effort(rounds=1, seconds=1.0, pings=100, changes=2)
+WHOLE = Effort(rounds=7, seconds=2.5, pings=600, changes=100, elephants=40)
+QUICK = Effort(rounds=1, seconds=1.0, pings=100, changes=2, elephants=5)
 
 Measure = Callable[[Stage, Effort], Iterable[Row]]
 
@@ -196,6 +198,16 @@ GROUPS = (
             stage, effort, "one TCP flow, 19,946 rules", ONE_FLOW_FEED
         ),
         feed=True,
+    ),
+    Group(
+        "shortcut",
+        "one TCP flow of which all but 1 MB takes the shortcut",
+        lambda stage, effort: measure_shortcut(stage, effort.rounds, effort.seconds, effort.pings),
+    ),
+    Group(
+        "mix",
+        "mice and elephants over new connections, shortcut on",
+        lambda stage, effort: measure_mix(stage, effort.rounds, effort.elephants),
     ),
     Group("flows", "flows for a 200 x 200 policy", alone=measure_flows),
     Group("policy", "policy change to first packet steered", alone=measure_policy),

@@ -25,6 +25,7 @@ TARGETS = {
     Path.STOCK: "web-2",
     Path.AF_PACKET: "app-2",
 }
+SHORTCUT_TARGET = "db-2"
 
 
 class Stage:
@@ -79,11 +80,14 @@ def open_stage(say: Callable[[str], None], *, feed: bool) -> Iterator[Stage]:
         appliance = Appliance(lab, directory / "servers")
         # Flow records cost both ways the same and more than either: a mirror is one more frame out for each.
         run(lab.vsctl_argv(["clear", "Bridge", "br-int", "mirrors"]))
-        for vm in (SOURCE, *TARGETS.values()):
+        for vm in (SOURCE, *TARGETS.values(), SHORTCUT_TARGET):
             run(lab.netns_argv(vm, ["sysctl", "-q", "-w", *PORTS]))
-        start_servers(appliance, *TARGETS.values())
+        start_servers(appliance, *TARGETS.values(), SHORTCUT_TARGET)
         policy = build_policy("bench", SOURCE, TARGETS[Path.HAIRPIN], inspect("prevent"))
-        appliance.apply([*build_base(lab), policy])
+        action = inspect("prevent")
+        action["inspect"]["shortcut"] = {"after": "1MB", "maxFlows": 1_000}
+        shortcut = build_policy("bench-shortcut", SOURCE, SHORTCUT_TARGET, action)
+        appliance.apply([*build_base(lab), policy, shortcut])
         targets = (TARGETS[Path.STOCK], TARGETS[Path.AF_PACKET])
         with standing(lab, directory / "peers", SOURCE, targets) as peers:
             stage = Stage(appliance, peers, say)

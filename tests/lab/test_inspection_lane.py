@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -25,9 +26,14 @@ from scapy.layers.l2 import ARP, LLC, Dot1AD, Dot1Q, Ether
 
 from appliance.inspection.counting import parse_nftables_counters
 from appliance.inspection.publish import EngineState, read_inspection_state
-from appliance.inspection.queueing import NFT_COUNTERS, render_nftables
+from appliance.inspection.queueing import (
+    NFT_COUNTERS,
+    count_nftables_rules,
+    render_nftables,
+)
 from appliance.inspection.socket import check_reload, reload_rules
 from steering.errors import HairpinError
+from steering.model import Leg
 from steering.run import run
 from tests.support.inspection_lane import (
     HOST,
@@ -456,7 +462,8 @@ def test_one_rule_deleted_by_hand_opens_nothing(lane_lab):
 
 def test_the_nftables_dialect_is_understood_by_this_nft(lane_lab):
     """This kernel may lack nft_queue, so the queueing itself is replaced; the rest is loaded for real."""
-    text = render_nftables(lane_lab.settings.build_lanes())
+    (lane,) = lane_lab.settings.build_lanes()
+    text = render_nftables([replace(lane, leg_c=Leg("leg2", "legC"))])
     assert text.count("queue num 7") == 2
     loadable = text.replace("queue num 7", "accept").replace(
         "bridge hairpin", "bridge hairpin_trial"
@@ -474,4 +481,6 @@ def test_the_nftables_dialect_is_understood_by_this_nft(lane_lab):
     assert crossed
     assert frames.in_tagged >= frames.out_tagged >= 1
     run([*in_host, "nft", "delete", "table", "bridge", "hairpin_trial"])
+    assert f"vlan id {VLAN} vlan pcp 5 meta mark set 0x00050000" in listed
+    assert count_nftables_rules(listed) == count_nftables_rules(loadable)
     assert listed.count(" drop") == 5

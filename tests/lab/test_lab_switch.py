@@ -52,8 +52,8 @@ def test_switch_and_links_carry_super_packets(bare_lab: LabState) -> None:
     assert run(bare_lab.vsctl_argv(asked)).stdout.strip() == '"true"'
     ends = [(vm.netns, vm.device) for vm in bare_lab.vms]
     for lane in bare_lab.lanes:
-        ends += [(bare_lab.service_host, device) for _leg, device, _ofport in lane.legs]
-        ends += [(bare_lab.hypervisor, leg) for leg, _device, _ofport in lane.legs]
+        ends += [(bare_lab.service_host, device) for _leg, device, _ofport in lane.all_legs]
+        ends += [(bare_lab.hypervisor, leg) for leg, _device, _ofport in lane.all_legs]
     for netns, device in ends:
         shown = run(["ip", "netns", "exec", netns, "ethtool", "-k", device]).stdout
         assert "tx-checksumming: on" in shown
@@ -114,7 +114,7 @@ def test_normal_never_hands_a_frame_to_a_leg_nor_from_one_leg_to_the_other(
     flood = f"dl_src={first.mac},dl_dst=ff:ff:ff:ff:ff:ff"
     appctl = ["ovs-appctl", "-t", str(bare_lab.vswitchd)]
     named = run([*appctl, "dpif/show"]).stdout
-    legs = {leg for lane in bare_lab.lanes for leg, _device, _ofport in lane.legs}
+    legs = {leg for lane in bare_lab.lanes for leg, _device, _ofport in lane.all_legs}
     numbers = {
         number: name
         for name, number in re.findall(r"(\S+) \d+/(\d+):", named)
@@ -131,6 +131,7 @@ def test_normal_never_hands_a_frame_to_a_leg_nor_from_one_leg_to_the_other(
     assert find_outputs(first.interface) == others
     # No loop through the service host. (VMs' ports carry every VLAN, as libvirt leaves them.)
     assert find_outputs("hp-prev-a").isdisjoint(legs)
+    assert find_outputs("hp-prev-c").isdisjoint(legs)
 
 
 def test_the_mirror_shows_each_frame_once(bare_lab: LabState) -> None:

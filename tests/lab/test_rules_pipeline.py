@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from appliance.inspection.config import build_engine_config, render_engine_config
+from appliance.rules.canary import find_token
 from appliance.rules.command import Updater, find_updater
 from appliance.rules.model import (
     STARTER,
@@ -28,7 +30,10 @@ from appliance.rules.model import (
     UpdateReport,
     UpdateRunning,
 )
+from appliance.rules.parse import parse_rule
 from appliance.rules.pipeline import RulePipeline
+from appliance.rules.shortcut import build_shortcut_rules, has_marks
+from appliance.rules.trial import run_trial
 from steering.errors import HairpinError
 from steering.model import Profile
 from tests.support.rule_pipelines import (
@@ -144,20 +149,64 @@ async def test_a_hostile_feed_gets_nothing_through(tmp_path: Path) -> None:
         rule(6, msg="x" * 8000),
         rule(7, msg="x" * (8191 - len(rule(7, msg="")) + len("rule 7"))) + rule(8).replace("alert", "pass"),
         "# " + rule(9, "bypass;"),
+        rule(10, "flowbits:set,hairpin.tls;"),
         **{f"rules/../../../../../../../..{climbed}": b"climbed", "classification.config": b"x" * 100},
     )  # fmt: skip
     pipeline = build_pipeline(tmp_path, sources=[source("feed", feed)])
     report = await pipeline.update(quiet)
     assert [info.sid for info in pipeline.find_rules(Profile.PREVENT) if info.source == "feed"] == [
         1,
+        3,
         6,
     ]
+    assert not any("bypass" in line for line in read_ruleset(tmp_path, Profile.PREVENT))
+    assert [one.sid for one in report.profiles[0].rewritten] == [3]
     left_out = find_left_out(report)
-    assert set(left_out) == {2, 3, 4, 5, 7, 4850000}
+    assert set(left_out) == {2, 4, 5, 7, 10, 4850000}
     assert all(one.source == "feed" and one.reason for one in left_out.values())
     assert pipeline.find_rules(Profile.PREVENT, sid=4850000)[0].rev == 1
     assert not any("pass" in line.split()[0] for line in read_ruleset(tmp_path, Profile.PREVENT))
     assert not climbed.exists()
+
+
+async def test_a_lane_with_a_third_leg_has_the_shortcuts_rules_and_they_load(
+    tmp_path: Path,
+) -> None:
+    feed = write_feed(
+        tmp_path / "feed.tar.gz",
+        rule(1, "bypass;"),
+        rule(2, f"bypass; {ATTACK}", metadata=CRITICAL),
+        rule(3),
+    )
+    pipeline = build_pipeline(tmp_path, sources=[source("feed", feed)], third_leg=True)
+    report = await pipeline.update(quiet)
+    prevent, detect = report.profiles
+    own = list(build_shortcut_rules())
+    for profile, theirs in ((Profile.PREVENT, own), (Profile.DETECT, [])):
+        ruleset = read_ruleset(tmp_path, profile)
+        assert [
+            line for line in ruleset[:-1] if "HAIRPIN shortcut" in line or line in own
+        ] == theirs
+        assert find_token("\n".join(ruleset)) is not None
+        assert not any("bypass" in line for line in ruleset)
+    assert [[one.sid for one in one.rewritten] for one in report.profiles] == [[1, 2], [1, 2]]
+    assert has_marks("\n".join(read_ruleset(tmp_path, Profile.PREVENT)))
+    assert (prevent.loaded, detect.loaded) == (LOADED + 3 + len(own), LOADED + 3)
+    texts = {info.sid: info.text for info in pipeline.find_rules(Profile.PREVENT)}
+    assert not set(texts) & {parse_rule(line).sid for line in own}
+    assert "nfq_set_mark:0x2000000/0x2000000; flowbits:set,hairpin.rule;" in texts[1]
+    # One that drops lets nothing go, and in a lane without a third leg none does.
+    assert texts[2].startswith("drop")
+    assert "nfq_set_mark" not in texts[2]
+    assert not any("nfq_set_mark" in line for line in read_ruleset(tmp_path, Profile.DETECT))
+    # The whole of it, as the engine gets it, by the engine's own configuration.
+    lane = pipeline._settings.build_lanes()[0]
+    config = tmp_path / "suricata.yaml"
+    config.write_text(render_engine_config(build_engine_config(pipeline._settings, lane)))
+    whole = tmp_path / "rules/prevent/current/suricata.rules"
+    trial = await run_trial(SURICATA, config, whole, tmp_path / "log")
+    assert (trial.status, trial.failed, trial.faults) == (0, 0, ())
+    assert trial.loaded == prevent.loaded
 
 
 async def test_what_suricata_update_would_have_silently_dropped(tmp_path: Path) -> None:
@@ -394,7 +443,7 @@ async def test_an_https_source_and_its_copy(
     tmp_path: Path, https: tuple[str, Path, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, served, stop = https
-    write_feed(served / "feed.tar.gz", rule(1), rule(2, "bypass;"))
+    write_feed(served / "feed.tar.gz", rule(1), rule(2, "lua:x;"))
     sources = [{"name": "far", "url": f"{address}/feed.tar.gz?key=secret"}]
     pipeline = build_pipeline(tmp_path, sources=sources)
     first = await pipeline.update(quiet)

@@ -16,7 +16,7 @@ ENGINE_DATA = ROOT / "suricata"
 SURICATA = Path("/usr/bin/suricata")
 
 
-def build_settings(directory: Path, **rules: object) -> Settings:
+def build_settings(directory: Path, *, third_leg: bool = False, **rules: object) -> Settings:
     def leg(name: str) -> dict[str, str]:
         return {"interface": name, "device": name}
 
@@ -24,15 +24,23 @@ def build_settings(directory: Path, **rules: object) -> Settings:
         {"profile": "prevent", "vlan": 100, "queues": [0], "legA": leg("pa"), "legB": leg("pb")},
         {"profile": "detect", "vlan": 101, "queues": [1], "legA": leg("da"), "legB": leg("db")},
     ]
+    if third_leg:
+        lanes[0]["legC"] = leg("pc")
     return Settings.model_validate(
         {"stateDir": str(directory), "runDir": str(directory), "lanes": lanes, "rules": rules}
     )
 
 
 def build_pipeline(
-    directory: Path, test_config: Callable[[Profile], Path] | None = None, **rules: object
+    directory: Path,
+    test_config: Callable[[Profile], Path] | None = None,
+    *,
+    third_leg: bool = False,
+    **rules: object,
 ) -> RulePipeline:
-    return RulePipeline(build_settings(directory, **rules), ENGINE_DATA, test_config, SURICATA)
+    """``third_leg``: the lane that prevents has one."""
+    settings = build_settings(directory, third_leg=third_leg, **rules)
+    return RulePipeline(settings, ENGINE_DATA, test_config, SURICATA)
 
 
 def source(name: str, path: Path) -> dict[str, str]:

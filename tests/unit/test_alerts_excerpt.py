@@ -47,6 +47,12 @@ def test_the_packet_that_fired_ends_the_excerpt(header: IP | IPv6) -> None:
     )
 
 
+def test_of_a_connection_that_returned_from_a_shortcut_the_tags_are_left_out() -> None:
+    packet = b"\0\1\x81\0\0\0\x08\0" + bytes(IP() / TCP() / Raw(LATER))
+    alert = parse(packet, FIRST, vlan=[1, 0], pkt_src="gre tunnel")
+    assert base64.b64decode(alert.payload) == FIRST + LATER
+
+
 def test_a_long_stream_is_cut_at_its_beginning() -> None:
     alert = parse(bytes(IP() / TCP() / Raw(LATER)), b"a" * 4096)
     assert base64.b64decode(alert.payload).endswith(LATER)

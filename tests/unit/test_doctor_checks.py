@@ -221,6 +221,15 @@ def test_super_packets_that_no_engine_takes_are_told() -> None:
     assert "detect: off (refused)" in find(refused, "super-packets").found
 
 
+def test_a_shortcut_that_is_off_where_the_settings_have_a_third_leg_is_told() -> None:
+    assert not [one for one in check_facts(WHOLE) if one.name == "shortcut"]
+    ready = replace(WHOLE, shortcuts={"prevent": "ready (no connection was let go yet)"})
+    assert find(ready, "shortcut").level == "ok"
+    down = replace(WHOLE, shortcuts={"prevent": "on", "detect": "off (device: det-c is down)"})
+    assert find(down, "shortcut").level == "warn"
+    assert "detect: off (device: det-c is down)" in find(down, "shortcut").found
+
+
 def test_legs_are_as_wide_as_super_packets_are_cut() -> None:
     ports = (*PORTS[:1], PortFacts("leg-a", 1504, False), PortFacts("leg-b", 1600, False))
     wide = replace(SWITCH, userspace_tso=True, ports=ports)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,6 +184,52 @@ def test_iptables_dialect_closes_first_and_queues_last():
 
 def test_nftables_dialect():
     assert render_nftables([PREVENT, DETECT]) == NFTABLES
+
+
+EBTABLES_CLASSES = """\
+-A hairpin -i eth1 -o eth2 -j mark --mark-set 0x0 --mark-target CONTINUE
+-A hairpin -p 802_1Q -i eth1 -o eth2 --vlan-prio 1 -j mark --mark-set 0x10000 --mark-target CONTINUE
+-A hairpin -p 802_1Q -i eth1 -o eth2 --vlan-prio 2 -j mark --mark-set 0x20000 --mark-target CONTINUE
+-A hairpin -p 802_1Q -i eth1 -o eth2 --vlan-prio 3 -j mark --mark-set 0x30000 --mark-target CONTINUE
+-A hairpin -p 802_1Q -i eth1 -o eth2 --vlan-prio 4 -j mark --mark-set 0x40000 --mark-target CONTINUE
+-A hairpin -p 802_1Q -i eth1 -o eth2 --vlan-prio 5 -j mark --mark-set 0x50000 --mark-target CONTINUE
+"""
+
+NFTABLES_CLASSES = """\
+	chain lane1 {
+		meta mark set 0x00000000
+		ether type 8021q vlan id 100 vlan pcp 1 meta mark set 0x00010000
+		ether type 8021q vlan id 100 vlan pcp 2 meta mark set 0x00020000
+		ether type 8021q vlan id 100 vlan pcp 3 meta mark set 0x00030000
+		ether type 8021q vlan id 100 vlan pcp 4 meta mark set 0x00040000
+		ether type 8021q vlan id 100 vlan pcp 5 meta mark set 0x00050000
+		ether type { ip, ip6 } counter name "lane1_in_untagged" queue num 0
+"""
+
+
+def test_a_lane_with_a_third_leg_puts_the_class_into_the_mark_before_anything_is_let_in():
+    third = replace(PREVENT, leg_c=Leg("leg9", "eth9"))
+    back = EBTABLES_CLASSES.replace("-i eth1 -o eth2", "-i eth2 -o eth1")
+    first = EBTABLES_FILTER.index("-A hairpin")
+    wanted = EBTABLES_FILTER[:first] + EBTABLES_CLASSES + back + EBTABLES_FILTER[first:]
+    scripts = render_iptables([third, DETECT])
+    assert [script.text for script in scripts] == [
+        wanted,
+        EBTABLES_NAT,
+        IPTABLES_MANGLE,
+        IPTABLES_MANGLE,
+    ]
+    nftables = render_nftables([third, DETECT])
+    begin = NFTABLES_CLASSES.splitlines(keepends=True)
+    assert nftables == NFTABLES.replace(begin[0] + begin[-1], NFTABLES_CLASSES)
+    assert count_nftables_rules(nftables) == count_nftables_rules(NFTABLES) + 6
+    # Nothing of its device: it is in no bridge.
+    assert "eth9" not in nftables + wanted
+    kind = TABLES[0]
+    saved = saved_as_applied(kind, [third, DETECT])
+    assert find_table_faults(kind, [third, DETECT], saved) == ()
+    faults = find_table_faults(kind, [third, DETECT], saved.replace("0x30000", "0x10000"))
+    assert "--vlan-prio 3" in faults[0]
 
 
 def test_a_full_queue_or_a_missing_engine_never_lets_a_packet_by():

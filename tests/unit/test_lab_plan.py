@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from appliance.lab.plan import (
     ROOT,
     LabState,
     ProcessRecord,
+    build_leg_args,
     build_state,
     build_vm,
     build_vms,
@@ -48,6 +50,28 @@ def test_the_default_lab_is_six_vms_in_three_zones() -> None:
     ]
     assert state.namespaces[:4] == ("hp-lab-hv", "hp-lab-svc", "hp-lab-obs", "hp-lab-web-1")
     assert state.vm("db-2").address6 == "fd77::6"
+
+
+def test_a_lane_has_a_third_leg_kept_apart_as_the_others_and_without_bfd() -> None:
+    state = make()
+    assert [lane.all_legs[2] for lane in state.lanes] == [
+        ("hp-prev-c", "prev-c", 210),
+        ("hp-det-c", "det-c", 211),
+    ]
+    lane = state.lanes[0]
+    args = build_leg_args(lane)
+    third = args[args.index(lane.leg_c) :]
+    assert third[1] == f"tag={lane.vlan}"
+    assert "protected=true" in third
+    assert not any("bfd" in one for one in third)
+    assert args.count("bfd:enable=true") == 2
+    third_legs = [one.leg_c for one in state.settings.build_lanes()]
+    assert [leg and leg.device for leg in third_legs] == ["prev-c", "det-c"]
+    # A lab of before the third leg is still read.
+    old = replace(lane, leg_c="", device_c="", ofport_c=0)
+    assert old.all_legs == old.legs
+    settings = replace(state, lanes=(old, state.lanes[1])).settings
+    assert settings.build_lanes()[0].leg_c is None
 
 
 @given(st.integers(2, 64))

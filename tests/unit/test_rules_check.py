@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.rules.canary import find_token, seal_rules
 from appliance.rules.check import build_source, check_rule_line, finish_rules
 from appliance.rules.docs import BEGIN, END, render_document, render_table
 from appliance.rules.merge import build_changed, find_missing
-from appliance.rules.model import Changed, Rule, Unparsed
+from appliance.rules.model import STARTER_SIDS, Changed, Rule, Unparsed
 from appliance.rules.parse import LINE_LIMIT, build_info, parse_cve, parse_lines, parse_rule
+from appliance.rules.shortcut import SHORTCUT_KEYS, build_shortcut_rules, has_marks
 from steering.model import Profile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,14 +36,12 @@ def reason(line: str, starter: bool = False) -> str:
         (rule(action="PASS"), "action pass"),
         (rule(action="config"), "action config"),
         (rule(action="log"), "action log"),
-        (rule("bypass;"), "option bypass"),
-        (rule("ByPass ;"), "option bypass"),
-        (rule('content:"a\\;b"; bypass;'), "option bypass"),
+        (rule("flowbits:set,hairpin.tls;"), "flowbits that begin with hairpin."),
+        (rule("flowbits: isset , Hairpin.rule;"), "flowbits that begin with hairpin."),
         (rule("lua:x.lua;"), "option lua"),
         (rule("luajit:x.lua;"), "option luajit"),
         (rule("filestore;"), "option filestore"),
         (rule('content:"a"; replace:"b";'), "option replace"),
-        (rule("nfq_set_mark:0x1/0x1;"), "option nfq_set_mark"),
         (rule("filemd5:../../../etc/cron.d/x;"), "option filemd5"),
         (rule("dns.query; dataset:set,seen,type string,save /etc/x;"), "dataset with save"),
         (rule("dns.query; dataset: isset, seen, type string, load /etc/shadow;"), "dataset with load"),
@@ -126,7 +126,7 @@ def test_lines_are_joined_and_comments_told_from_disabled_rules() -> None:
 def test_a_source_is_taken_as_alerts_and_what_is_left_out_is_named() -> None:
     lines = [
         rule(sid=1, action="drop"),
-        rule("bypass;", sid=2),
+        rule("replace:x;", sid=2),
         "# " + rule(sid=3),
         "# " + rule("lua:x;", sid=4),
     ]
@@ -134,7 +134,7 @@ def test_a_source_is_taken_as_alerts_and_what_is_left_out_is_named() -> None:
     assert source.enabled == (rule(sid=1),)
     assert source.disabled == (rule(sid=3),)
     assert [(one.sid, one.source) for one in source.left_out] == [(2, "feed")]
-    assert "bypass" in source.left_out[0].reason
+    assert "replace" in source.left_out[0].reason
 
 
 def test_rules_past_the_limit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_a_silent_rule_never_drops() -> None:
         rule("flowbits: noalert;", sid=2, action="drop"),
         rule(sid=1, action="drop"),
     ]
-    rules, left_out = finish_rules(lines, Profile.PREVENT)
+    rules, left_out, _ = finish_rules(lines, Profile.PREVENT)
     assert [(one.sid, one.action, one.text.split()[0]) for one in rules] == [
         (1, "drop", "drop"),
         (2, "alert", "alert"),
@@ -162,14 +162,63 @@ def test_a_silent_rule_never_drops() -> None:
 
 
 def test_a_lane_that_detects_never_drops() -> None:
-    rules, _ = finish_rules([rule(action="drop"), rule(sid=2, action="reject")], Profile.DETECT)
+    given = [rule(action="drop"), rule(sid=2, action="reject")]
+    rules, _, _ = finish_rules(given, Profile.DETECT)
     assert [one.action for one in rules] == ["alert", "alert"]
 
 
 def test_what_a_modification_spoils_is_left_out() -> None:
-    rules, left_out = finish_rules([rule("bypass;")], Profile.PREVENT)
+    rules, left_out, _ = finish_rules([rule("replace:x;")], Profile.PREVENT)
     assert not rules
-    assert "bypass" in left_out[0].reason
+    assert "replace" in left_out[0].reason
+
+
+BYPASS = {
+    "a mark": (
+        rule("BYPASS ;", action="alert"),
+        True,
+        "nfq_set_mark:0x2000000/0x2000000; flowbits:set,hairpin.rule;",
+    ),
+    "no third leg": (rule("bypass;", action="alert"), False, ""),
+    "a drop": (rule("bypass;", action="drop"), True, ""),
+    "a word in a content": (
+        rule('content:"a\\; bypass\\;"; bypass;', action="alert"),
+        True,
+        "nfq_set_mark:0x2000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BYPASS)
+def test_a_rule_with_bypass_goes_on_inspecting_and_it_is_told(name: str) -> None:
+    line, shortcut, marks = BYPASS[name]
+    (found,), left_out, rewritten = finish_rules([line], Profile.PREVENT, shortcut=shortcut)
+    assert not left_out
+    assert "bypass" not in [option for option, _ in found.options]
+    again = parse_rule(found.text)
+    assert isinstance(again, Rule)
+    assert "bypass" not in [option for option, _ in again.options]
+    assert marks in found.text
+    assert ("nfq_set_mark" in found.text) is bool(marks)
+    assert found.action == line.split()[0]
+    assert [value for option, value in again.options if option == "content"] == [
+        value for option, value in parse_rule(line).options if option == "content"
+    ]
+    assert [(one.sid, "goes on inspecting" in one.reason) for one in rewritten] == [(1, True)]
+
+
+def test_the_shortcuts_own_rules_never_alert_or_drop() -> None:
+    lines = build_shortcut_rules()
+    for line in lines:
+        parsed = parse_rule(line)
+        assert isinstance(parsed, Rule)
+        assert (parsed.action, parsed.silent) == ("alert", True)
+        assert parsed.key in SHORTCUT_KEYS
+        assert parsed.sid in STARTER_SIDS
+    text = seal_rules("".join(f"{line}\n" for line in lines))
+    assert has_marks(text)
+    assert not has_marks(text.replace("1000000", "1000", 1))
+    assert find_token(text) != find_token(seal_rules(""))
 
 
 def test_what_the_merge_loses_is_named_and_every_rule_has_its_source() -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from steering.compile import compile_program
 from steering.decide import resolve_machines
-from steering.switch.openflow import FlowParser, parse_flow_counter
+from steering.switch.openflow import _PLAIN, FlowParser, parse_flow, parse_flow_counter
+from tests.golden.test_flows import build_actions
+from tests.support.pipeline_doc import build_example
 from tests.support.worlds import LANES, build_port
 from tests.unit.test_steering_shun import POLICIES
 
@@ -48,6 +50,23 @@ def test_the_same_flow_is_known_with_and_without_statistics() -> None:
     assert [one.flow for one in plain] == [one.flow for one in counted]
     assert all(one.flow is other.flow for one, other in zip(plain, counted, strict=True))
     assert {(one.packets, one.bytes) for one in counted} == {(7, 420)}
+
+
+def test_compiled_flows_are_taken_apart_as_the_package_does() -> None:
+    lines = [*LINES, *map(str, build_actions().flows), *map(str, build_example().flows)]
+    for line in lines:
+        assert _PLAIN.fullmatch(f" {line}"), "the short way is taken"
+        assert parse_flow(f" {line}") == parse_flow_counter(f" {line}").flow
+
+
+def test_other_flows_are_left_to_the_package() -> None:
+    for line, priority, match in (
+        (" cookie=0x0, table=0, ip actions=drop", 32768, "ip"),
+        (" cookie=0x1, table=40, hard_timeout=5, priority=9,tcp actions=drop", 9, "tcp"),
+        (" cookie=0x1, table=40, send_flow_rem priority=9,tcp actions=drop", 9, "tcp"),
+    ):
+        assert _PLAIN.fullmatch(line) is None
+        assert parse_flow(line).key[1:] == (priority, match)
 
 
 def test_what_is_gone_is_forgotten() -> None:

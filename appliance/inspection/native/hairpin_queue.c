@@ -20,15 +20,21 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+
+#include "hairpin_queue.h"
 
 struct nfq_q_handle;
 struct nfq_data;
+struct packet_header { /* struct nfqnl_msg_packet_hdr */
+    uint32_t id;
+    uint16_t protocol;
+    uint8_t hook;
+} __attribute__((packed));
 
 enum { COPY_PACKET = 2, QUEUE_GSO = 1 << 2 };
 enum { CHECKSUM_NOT_READY = 1 << 0 };
-enum { TCP = 6, UDP = 17, TCP_CHECKSUM = 16, UDP_CHECKSUM = 6 };
-enum { IPV4_HEADER = 20, IPV6_HEADER = 40, TCP_HEADER = 20, UDP_HEADER = 8 };
 
 /* The sum of 16 bit words, folded to 16 bits; in the memory's own byte order (RFC 1071, section 2). */
 static uint16_t fold(uint64_t sum)
@@ -64,12 +70,8 @@ static uint64_t add(uint64_t sum, const unsigned char *data, size_t length)
     return sum;
 }
 
-/*
- * Where a whole packet's TCP or UDP header is: 0 where there is none, or only a part of one. `pseudo` becomes
- * the sum of the pseudo header but for the length (RFC 793, RFC 8200 section 8.1).
- */
-static size_t find_transport(const unsigned char *packet, size_t length, size_t *end, int *protocol,
-                             uint64_t *pseudo)
+size_t find_transport(const unsigned char *packet, size_t length, size_t *end, int *protocol,
+                      uint64_t *pseudo)
 {
     size_t at;
 
@@ -157,7 +159,7 @@ int nfq_set_mode(struct nfq_q_handle *queue, uint8_t mode, uint32_t range)
     if (real == NULL)
         return -1;
     status = real(queue, mode, range);
-    if (status < 0 || mode != COPY_PACKET)
+    if (status < 0 || mode != COPY_PACKET || getenv("HAIRPIN_NO_SUPER_PACKETS") != NULL)
         return status;
     if (set_flags != NULL && dlsym(RTLD_NEXT, "nfq_get_skbinfo") != NULL &&
         set_flags(queue, QUEUE_GSO, QUEUE_GSO) >= 0)
@@ -171,17 +173,77 @@ int nfq_get_payload(struct nfq_data *packet, unsigned char **data)
 {
     static int (*real)(struct nfq_data *, unsigned char **);
     static uint32_t (*read_info)(struct nfq_data *);
+    static uint32_t (*read_mark)(struct nfq_data *);
+    static struct packet_header *(*read_header)(struct nfq_data *);
+    struct packet_header *header;
     int length;
 
     /* Several threads may find the same pointers at once, and all write the same. */
     if (real == NULL) {
         *(void **)&read_info = dlsym(RTLD_NEXT, "nfq_get_skbinfo");
+        *(void **)&read_mark = dlsym(RTLD_NEXT, "nfq_get_nfmark");
+        *(void **)&read_header = dlsym(RTLD_NEXT, "nfq_get_msg_packet_hdr");
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_get_payload");
     }
     if (real == NULL)
         return -1;
     length = real(packet, data);
-    if (length > 0 && read_info != NULL && (read_info(packet) & CHECKSUM_NOT_READY))
+    if (length <= 0)
+        return length;
+    if (read_info != NULL && (read_info(packet) & CHECKSUM_NOT_READY))
         hairpin_fill_checksum(*data, (size_t)length);
-    return length;
+    if (read_mark == NULL || read_header == NULL || (header = read_header(packet)) == NULL)
+        return length;
+    return hairpin_take_packet(read_mark(packet), ntohl(header->id), data, length, hairpin_now());
+}
+
+/* The four ways to give a verdict; with a mark, it may be the one by which a connection is let go. */
+
+int nfq_set_verdict2(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, uint32_t mark,
+                     uint32_t length, const unsigned char *data)
+{
+    static int (*real)(struct nfq_q_handle *, uint32_t, uint32_t, uint32_t, uint32_t,
+                       const unsigned char *);
+
+    if (real == NULL)
+        *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict2");
+    if (real == NULL)
+        return -1;
+    return real(queue, id, verdict, hairpin_decide(id, verdict, mark, 0, hairpin_now()), length, data);
+}
+
+int nfq_set_verdict_batch2(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, uint32_t mark)
+{
+    static int (*real)(struct nfq_q_handle *, uint32_t, uint32_t, uint32_t);
+
+    if (real == NULL)
+        *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict_batch2");
+    if (real == NULL)
+        return -1;
+    return real(queue, id, verdict, hairpin_decide(id, verdict, mark, 1, hairpin_now()));
+}
+
+int nfq_set_verdict(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, uint32_t length,
+                    const unsigned char *data)
+{
+    static int (*real)(struct nfq_q_handle *, uint32_t, uint32_t, uint32_t, const unsigned char *);
+
+    if (real == NULL)
+        *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict");
+    if (real == NULL)
+        return -1;
+    hairpin_forget(id, 0);
+    return real(queue, id, verdict, length, data);
+}
+
+int nfq_set_verdict_batch(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict)
+{
+    static int (*real)(struct nfq_q_handle *, uint32_t, uint32_t);
+
+    if (real == NULL)
+        *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict_batch");
+    if (real == NULL)
+        return -1;
+    hairpin_forget(id, 1);
+    return real(queue, id, verdict);
 }
