@@ -120,7 +120,7 @@ class World:
         return ShortcutWatch(
             self.store,
             self.reconciler.read_shortcuts,
-            self.reconciler.read_shortcut_counters,
+            lambda: self.reconciler.shortcuts.read_counters(self.policies, self.reconciler.lanes),
             lambda: self.policies,
             self.reconciler.machines,
         )
