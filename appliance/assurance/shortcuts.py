@@ -286,8 +286,7 @@ class ShortcutWatch:
             before = self._tick()
             counters, taken = await asyncio.gather(self._read_counters(), self._read_taken())
             ticks, at = (before, self._tick()), self._clock()
-            # Most of the time there are none, and VMs are many.
-            found = pair_taken(taken, policies, self._read_machines()) if taken else ()
+            found = await self._pair(taken, policies)
             self.book = record_look(self.book, at, ticks, counters, found, policies)
             self.connections = found
             return found
@@ -297,12 +296,17 @@ class ShortcutWatch:
         before = self._tick()
         taken = await self._read_taken()
         ticks, at = (before, self._tick()), self._clock()
-        if not taken:
-            return ()
-        found = pair_taken(taken, self._read_policies(), self._read_machines())
+        found = await self._pair(taken, self._read_policies())
         if self.book.counted is not None:
             self.book = record_seen(self.book, at, ticks, found)
         return found
+
+    async def _pair(
+        self, taken: Sequence[Taken], policies: PolicySet
+    ) -> tuple[TakenConnection, ...]:
+        if not taken:  # most of the time, and VMs may be many
+            return ()
+        return await asyncio.to_thread(pair_taken, taken, policies, self._read_machines())
 
     def note_returned(self, connections: Sequence[TakenConnection]) -> None:
         self.book = record_returned(self.book, connections)
