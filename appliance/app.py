@@ -19,6 +19,8 @@ from appliance.alerts.history import (
     record_event,
 )
 from appliance.alerts.ingest import Ingest
+from appliance.alerts.partitions import Limits
+from appliance.alerts.retention import Keep, Retention
 from appliance.alerts.store import Store
 from appliance.api.auth import ensure_token
 from appliance.api.server import open_server
@@ -84,7 +86,8 @@ async def _serve(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     token = ensure_token(settings.token_file)
-    store = Store(settings.database)
+    limits = Limits(settings.store.partition_alerts, settings.store.partition_hours * 3600.0)
+    store = Store(settings.database, limits)
     try:
         await _run(settings, token, store, stop)
     finally:
@@ -170,6 +173,11 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         read_inspection,
         Reviver(settings.switch.ovsdb).revive,
     )
+    retention = Retention(
+        store,
+        Keep(settings.store.keep_days, settings.store.keep_bytes, settings.store.keep_flow_records),
+        [one.name for one in settings.export],
+    )
     parts: dict[str, Coroutine[Any, Any, None]] = {
         "events": keeper.run(),
         "ingest": ingest.run(),
@@ -181,6 +189,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         "ledger": watches.ledger.run(),
         "balance": watches.balance.run(),
         "disk": watches.disk.run(),
+        "retention": retention.run(),
         "revival": revival.run(),
         "quarantine": management.quarantine.run(),
         "shun": management.shun.run(),

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from appliance.inspection.placement import format_placement
+from appliance.inspection.publish import Placement
 from appliance.settings import Settings
 
 Level = Literal["ok", "warn", "fail"]
@@ -117,6 +119,7 @@ class Facts:
     leg_names: tuple[str, ...] = ()
     require_hyperscan: bool = True
     switch: SwitchFacts | None = None
+    placement: Mapping[str, Placement] = field(default_factory=lambda: MappingProxyType({}))
     devices: tuple[DeviceFacts, ...] = ()
     super_packets: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     shortcuts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -456,6 +459,20 @@ def check_offloads(facts: Facts, switch: SwitchFacts) -> Iterator[Finding]:
     )
 
 
+def check_placement(facts: Facts) -> Iterator[Finding]:
+    """Where the engines' packet threads run, as seen. It costs speed, never inspection."""
+    if not facts.placement:
+        return
+    shown = [f"{lane}: {format_placement(one)}" for lane, one in facts.placement.items()]
+    yield _finding(
+        "placement",
+        all(one.threads > 0 for one in facts.placement.values()),
+        "; ".join(shown),
+        "see the lane's faults (`hairpin health`): its engine does not run, or was just started",
+        grave=False,
+    )
+
+
 def check_facts(facts: Facts) -> tuple[Finding, ...]:
     """Every finding, in the order in which one would mend them."""
     return (
@@ -463,6 +480,7 @@ def check_facts(facts: Facts) -> tuple[Finding, ...]:
         *check_kernel(facts),
         *check_engine(facts),
         *check_switch(facts),
+        *check_placement(facts),
     )
 
 

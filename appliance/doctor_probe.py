@@ -22,7 +22,7 @@ from appliance.doctor import (
     Probe,
     SwitchFacts,
 )
-from appliance.inspection.publish import read_inspection_state
+from appliance.inspection.publish import Placement, read_inspection_state
 from appliance.settings import Settings, SwitchSettings
 from steering.errors import CommandFailed
 from steering.model import Lane, Leg
@@ -70,6 +70,12 @@ def probe_kernel() -> dict[str, Probe]:
         ended = _try(["unshare", "--net", "--", *argv], stdin)
         found[name] = Probe(ended.status == 0, "" if ended.status == 0 else _last_line(ended))
     return found
+
+
+def read_placement(settings: Settings) -> dict[str, Placement]:
+    """By lane, where `hairpin inspect` saw its engine's packet threads."""
+    state = read_inspection_state(settings.inspection_state)
+    return {lane.name: lane.placement for lane in (state.lanes if state else ())}
 
 
 def read_engine(path: Path) -> EngineFacts:
@@ -287,6 +293,7 @@ def read_facts(settings: Settings | None) -> Facts:
         machine=platform.machine(),
         cpu_flags=read_cpu_flags(),
         ovs_version=version.stdout if version.status == 0 else "",
+        placement={} if settings is None else read_placement(settings),
         engine=read_engine(engine),
         kernel=probe_kernel(),
         kernel_openvswitch=Path("/sys/module/openvswitch").exists(),

@@ -6,6 +6,7 @@ wrong values are refused, all at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from appliance.inspection.placement import NICE, number_queues
 from steering.documents import Decoded, parse_text
 from steering.errors import FieldError, WrongInput
 from steering.model import Lane, Leg, Profile
@@ -85,10 +87,12 @@ class LaneSettings(Document):
 
     profile: Profile = Field(description="What its engine does with what it finds.")
     vlan: Vlan = Field(description="Inspected frames carry it between switch and engine.")
-    queues: tuple[QueueNumber, ...] = Field(
+    queues: tuple[QueueNumber, ...] | None = Field(
+        default=None,
         min_length=1,
         max_length=64,
-        description="NFQUEUE numbers in a row, as `[0, 1]`; one engine thread for each.",
+        description="NFQUEUE numbers in a row, as `[0, 1]`; one engine thread for each. None: an even share "
+        "of the cores present but one (docs/inspection.md).",
     )
     leg_a: LegSettings = Field(alias="legA", description="One way into the service host.")
     leg_b: LegSettings = Field(alias="legB", description="The other way.")
@@ -100,8 +104,8 @@ class LaneSettings(Document):
 
     @field_validator("queues")
     @classmethod
-    def _queues_are_a_row(cls, queues: tuple[int, ...]) -> tuple[int, ...]:
-        if queues != tuple(range(queues[0], queues[0] + len(queues))):
+    def _queues_are_a_row(cls, queues: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if queues is not None and queues != tuple(range(queues[0], queues[0] + len(queues))):
             raise ValueError("not consecutive numbers in rising order, as in [0, 1, 2]")
         return queues
 
@@ -129,6 +133,16 @@ class InspectionSettings(Document):
         default=True,
         alias="superPackets",
         description="Take super-packets from the kernel whole, where switch and links have them.",
+    )
+    pinned: bool = Field(
+        default=True,
+        description="Give packet threads cores of their own, where there are 4 or more.",
+    )
+    nice: int = Field(
+        default=NICE,
+        ge=-20,
+        le=19,
+        description="How urgent the engines are, as nice(1) has it; the default is the switch's own.",
     )
     eve_limit_bytes: int = Field(
         default=256 * 2**20,
@@ -222,6 +236,46 @@ class SyslogExport(Document):
         return self
 
 
+class StoreSettings(Document):
+    """How long alerts are kept. They stand in partitions, files that are removed as a whole."""
+
+    keep_days: int = Field(
+        default=90,
+        alias="keepDays",
+        ge=1,
+        le=3650,
+        description="Alerts, flow records and address holdings are kept so long; alerts that an "
+        "exporter has not delivered, longer.",
+    )
+    keep_bytes: int = Field(
+        default=20 * 2**30,
+        alias="keepBytes",
+        ge=64 * 2**20,
+        description="Most bytes of alerts. The oldest go first, delivered or not; an event tells of "
+        "those that were not.",
+    )
+    keep_flow_records: int = Field(
+        default=5_000_000,
+        alias="keepFlowRecords",
+        ge=1000,
+        description="Most flow records that are kept.",
+    )
+    partition_alerts: int = Field(
+        default=1_000_000,
+        alias="partitionAlerts",
+        ge=1000,
+        le=10_000_000,
+        description="A new partition begins after so many alerts,",
+    )
+    partition_hours: int = Field(
+        default=24,
+        alias="partitionHours",
+        ge=1,
+        le=24 * 31,
+        description="or after so many hours.",
+    )
+
+
 class VisibilitySettings(Document):
     """Flow records of a mirror port by nfstream, in a process of its own."""
 
@@ -294,6 +348,9 @@ class Settings(Document):
     )
     rules: RulesSettings = Field(default_factory=RulesSettings, description="Their rules.")
     api: ApiSettings = Field(default_factory=ApiSettings, description="The management API.")
+    store: StoreSettings = Field(
+        default_factory=StoreSettings, description="How long alerts are kept."
+    )
     export: tuple[SyslogExport, ...] = Field(
         default=(), description="Receivers of every alert; each has a name of its own."
     )
@@ -309,7 +366,7 @@ class Settings(Document):
         ]
         _check_once("profile", (str(lane.profile) for lane in lanes))
         _check_once("vlan", (str(lane.vlan) for lane in lanes))
-        _check_once("queue", (str(queue) for lane in lanes for queue in lane.queues))
+        _check_once("queue", (str(queue) for lane in lanes for queue in lane.queues or ()))
         _check_once("leg interface", (leg.interface for leg in legs))
         _check_once("leg device", (leg.device for leg in legs))
         return lanes
@@ -368,19 +425,24 @@ class Settings(Document):
         """Flow records written by `hairpin observe`, one JSON object a line."""
         return self.run_dir / "observe" / "flows.json"
 
-    def build_lanes(self) -> tuple[Lane, ...]:
-        """The lanes as values, numbered from 1 in the order of the file; ofports not yet known."""
+    def build_lanes(self, cores: int | None = None) -> tuple[Lane, ...]:
+        """The lanes as values, numbered from 1 in the order of the file; ofports not yet known.
+
+        ``cores``: those present on the service host, None for this machine's.
+        """
+        present = cores or os.cpu_count() or 1
+        queues = number_queues([lane.queues for lane in self.lanes], present)
         return tuple(
             Lane(
                 number=number,
                 profile=lane.profile,
                 vlan=lane.vlan,
-                queues=lane.queues,
+                queues=row,
                 leg_a=Leg(lane.leg_a.interface, lane.leg_a.device),
                 leg_b=Leg(lane.leg_b.interface, lane.leg_b.device),
                 leg_c=None if lane.leg_c is None else Leg(lane.leg_c.interface, lane.leg_c.device),
             )
-            for number, lane in enumerate(self.lanes, start=1)
+            for number, (lane, row) in enumerate(zip(self.lanes, queues, strict=True), start=1)
         )
 
 

@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Shape
 
-from appliance.alerts.model import Endpoint, EveAlert, Opener, render_time
+from appliance.alerts.model import Endpoint, Opener, render_time
 from steering.decide import Connection, Decision, find_subject
-from steering.model import Holding, Inspect, Lane, Machine, PolicySet, Protocol
+from steering.model import Family, Holding, Inspect, Lane, Machine, PolicySet, Protocol
 
 LATE_SECONDS = 5.0
 
@@ -38,6 +38,27 @@ class Decide(Shape):
         destination_vm_id: str,
         connection: Connection,
     ) -> Decision: ...
+
+
+class Seen(Shape):
+    """What of an alert tells whose it is: an `EveAlert`, or a `Sighting` of the quick way."""
+
+    @property
+    def at(self) -> float: ...
+    @property
+    def source_address(self) -> str | None: ...
+    @property
+    def destination_address(self) -> str | None: ...
+    @property
+    def source_port(self) -> int | None: ...
+    @property
+    def destination_port(self) -> int | None: ...
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def family(self) -> Family | None: ...
+    @property
+    def opener(self) -> Opener | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +96,7 @@ class Holder:
     reason: str = ""
 
 
-def attribute(alert: EveAlert, context: Context, decide: Decide) -> Attributed:
+def attribute(alert: Seen, context: Context, decide: Decide) -> Attributed:
     """The VMs at both ends of ``alert`` and the policy that sent it through the lane."""
     source, source_reasons = _find_endpoint(
         alert.source_address, alert.source_port, alert.at, context
@@ -98,7 +119,7 @@ def attribute(alert: EveAlert, context: Context, decide: Decide) -> Attributed:
     )
 
 
-def leave_unattributed(alert: EveAlert, reason: str) -> Attributed:
+def leave_unattributed(alert: Seen, reason: str) -> Attributed:
     """What is stored of an alert that could not be attributed at all."""
     return Attributed(
         source=Endpoint(alert.source_address, alert.source_port),
@@ -150,7 +171,7 @@ def _find_endpoint(
 
 
 def _find_policy(
-    alert: EveAlert, source: Endpoint, destination: Endpoint, context: Context, decide: Decide
+    alert: Seen, source: Endpoint, destination: Endpoint, context: Context, decide: Decide
 ) -> tuple[Opener | None, str | None, str]:
     if alert.family is None or source.vm_id is None or destination.vm_id is None:
         return alert.opener, None, "no policy is named because both VMs are not known"
@@ -174,7 +195,7 @@ def _find_policy(
 
 
 def _decide_policy(
-    alert: EveAlert, ends: tuple[Endpoint, Endpoint], context: Context, decide: Decide
+    alert: Seen, ends: tuple[Endpoint, Endpoint], context: Context, decide: Decide
 ) -> str | None:
     opening, answering = ends
     if alert.family is None or opening.vm_id is None or answering.vm_id is None:

@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from appliance.alerts.excerpt import append_segment, find_segment
-from appliance.alerts.model import EveAlert, Http, Malformed, Opener, Signature, Verdict
+from appliance.alerts.model import EveAlert, Http, Malformed, Opener, Rule, Signature, Verdict
 from steering.model import Family
 
 LINE_LIMIT = 2**20
@@ -24,7 +24,7 @@ LINE_LIMIT = 2**20
 RAW_LIMIT = 32 * 1024
 PAYLOAD_LIMIT = 1024
 _TEXT_LIMIT = 512
-_URL_LIMIT = 2048
+URL_LIMIT = 2048
 _LIST_LIMIT = 16
 
 # Dropped first to last until an event fits: what is bulky, and worth least beside the rest.
@@ -75,7 +75,7 @@ def parse_event(line: bytes) -> EveAlert | Malformed | None:
         text = line.decode(errors="replace")
         event = load_event(text)
     except ValueError as fault:
-        return Malformed(f"not JSON: {_bound(str(fault), 120)}", _find_excerpt(line))
+        return Malformed(f"not JSON: {bound_text(str(fault), 120)}", _find_excerpt(line))
     kind = event.get("event_type")
     if not isinstance(kind, str):
         return Malformed("no event_type", _find_excerpt(line))
@@ -158,17 +158,14 @@ def _parse_alert(event: dict[str, Any], text: str) -> EveAlert:
     sid = _read_int(alert, "signature_id", 0, 2**32 - 1)
     if sid is None:
         raise _Wrong("no signature_id")
-    metadata = alert.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
+    rule = _read_rule(alert, sid)
     packet = _Packet(
         _read_address(event, "src_ip"),
         _read_address(event, "dest_ip"),
         _read_int(event, "src_port", 0, 65535),
         _read_int(event, "dest_port", 0, 65535),
     )
-    references = [r for r in _find_texts(alert.get("references")) if "cve" in r.lower()]
     direction = event.get("direction")
-    protocol = _WORD.sub("", _read_text(event, "proto", 32).lower())
     payload, printable = _read_payload(event)
     return EveAlert(
         at=_read_time(event),
@@ -176,11 +173,35 @@ def _parse_alert(event: dict[str, Any], text: str) -> EveAlert:
         destination_address=packet.destination,
         source_port=packet.source_port,
         destination_port=packet.destination_port,
-        protocol=_PROTOCOLS.get(protocol, protocol),
+        protocol=normalise_protocol(_read_text(event, "proto", 32)),
         family=_find_family(packet),
         direction=direction if direction in ("to_server", "to_client") else None,
         opener=_find_opener(event, packet),
         verdict=_find_verdict(event, alert),
+        signature=rule.signature,
+        cves=rule.cves,
+        affected_products=rule.affected_products,
+        app_proto=_read_text(event, "app_proto", 32) or None,
+        payload=payload,
+        payload_printable=store_text(printable),
+        http=_read_http(event.get("http")),
+        community_id=_read_text(event, "community_id", 64) or None,
+        flow_id=_read_int(event, "flow_id", 0, 2**63 - 1),
+        raw=text if len(text) <= RAW_LIMIT else shrink_event(event, RAW_LIMIT)[0],
+    )
+
+
+def read_rule(alert: Mapping[str, Any]) -> Rule | None:
+    """The rule that an event's `alert` object names; None when it names none."""
+    sid = _read_int(alert, "signature_id", 0, 2**32 - 1)
+    return None if sid is None else _read_rule(alert, sid)
+
+
+def _read_rule(alert: Mapping[str, Any], sid: int) -> Rule:
+    metadata = alert.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    references = [r for r in _find_texts(alert.get("references")) if "cve" in r.lower()]
+    return Rule(
         signature=Signature(
             sid=sid,
             gid=_read_int(alert, "gid", 0, 2**32 - 1) or 1,
@@ -191,16 +212,36 @@ def _parse_alert(event: dict[str, Any], text: str) -> EveAlert:
         ),
         cves=find_cves([*_find_texts(metadata.get("cve")), *references]),
         affected_products=tuple(
-            _bound(text, 128) for text in _find_texts(metadata.get("affected_product"))
+            bound_text(text, 128) for text in _find_texts(metadata.get("affected_product"))
         ),
-        app_proto=_read_text(event, "app_proto", 32) or None,
-        payload=payload,
-        payload_printable=_UNSTORABLE.sub("\ufffd", printable),
-        http=_read_http(event.get("http")),
-        community_id=_read_text(event, "community_id", 64) or None,
-        flow_id=_read_int(event, "flow_id", 0, 2**63 - 1),
-        raw=text if len(text) <= RAW_LIMIT else shrink_event(event, RAW_LIMIT)[0],
     )
+
+
+def normalise_protocol(name: str) -> str:
+    """In small letters, ICMPv6 as `icmp`."""
+    protocol = _WORD.sub("", name.lower())
+    return _PROTOCOLS.get(protocol, protocol)
+
+
+def read_time(value: object) -> float | None:
+    """Seconds since the epoch of an event's `timestamp`; None when it is none with a zone."""
+    try:
+        moment = datetime.fromisoformat(str(value)[:40])
+        at = moment.timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return at if moment.tzinfo is not None and 0 <= at < 2**33 else None
+
+
+def bound_text(text: str, limit: int) -> str:
+    """At most ``limit`` characters, what is no text in them replaced."""
+    text = text[:limit]
+    return text if text.isascii() and text.isprintable() else _UNPRINTABLE.sub("\ufffd", text)
+
+
+def store_text(text: str) -> str:
+    """What SQLite can't keep in a text replaced."""
+    return text if text.isascii() and "\0" not in text else _UNSTORABLE.sub("\ufffd", text)
 
 
 def _find_verdict(event: Mapping[str, Any], alert: Mapping[str, Any]) -> Verdict:
@@ -235,13 +276,9 @@ def _find_family(packet: _Packet) -> Family | None:
 
 
 def _read_time(event: Mapping[str, Any]) -> float:
-    try:
-        moment = datetime.fromisoformat(str(event.get("timestamp"))[:40])
-        at = moment.timestamp()
-    except (ValueError, OverflowError) as fault:
-        raise _Wrong("no timestamp") from fault
-    if moment.tzinfo is None or not 0 <= at < 2**33:
-        raise _Wrong("a timestamp without a zone or out of range")
+    at = read_time(event.get("timestamp"))
+    if at is None:
+        raise _Wrong("no timestamp, or one without a zone or out of range")
     return at
 
 
@@ -266,7 +303,7 @@ def _read_int(values: Mapping[str, Any], key: str, least: int, most: int) -> int
 
 def _read_text(values: Mapping[str, Any], key: str, limit: int = _TEXT_LIMIT) -> str:
     value = values.get(key)
-    return _bound(value, limit) if isinstance(value, str) else ""
+    return bound_text(value, limit) if isinstance(value, str) else ""
 
 
 def _read_payload(event: Mapping[str, Any]) -> tuple[str, str]:
@@ -290,7 +327,7 @@ def _read_http(value: object) -> Http | None:
         return None
     return Http(
         hostname=_read_text(value, "hostname", 255),
-        url=_read_text(value, "url", _URL_LIMIT),
+        url=_read_text(value, "url", URL_LIMIT),
         method=_read_text(value, "http_method", 32),
     )
 
@@ -303,12 +340,8 @@ def _find_texts(value: object) -> tuple[str, ...]:
     return tuple(text[:_TEXT_LIMIT] for text in value[:_LIST_LIMIT] if isinstance(text, str))
 
 
-def _bound(text: str, limit: int) -> str:
-    return _UNPRINTABLE.sub("\ufffd", text[:limit])
-
-
 def _find_excerpt(line: bytes) -> str:
-    return _bound(line[:120].decode(errors="replace"), 120)
+    return bound_text(line[:120].decode(errors="replace"), 120)
 
 
 def _render_json(value: Mapping[str, Any]) -> str:

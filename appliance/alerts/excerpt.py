@@ -15,6 +15,7 @@ from typing import Any
 RAW_IP = 12  # DLT_RAW of libpcap: the packet begins at its IP header
 TCP = 6
 _IPV6_HEADER = 40
+_PRINTABLE = bytes(one if 32 <= one < 127 or one in (10, 13) else ord(".") for one in range(256))
 
 
 def find_segment(event: Mapping[str, Any]) -> bytes:
@@ -22,11 +23,23 @@ def find_segment(event: Mapping[str, Any]) -> bytes:
     info = event.get("packet_info")
     if event.get("stream") != 1 or not isinstance(info, dict) or info.get("linktype") != RAW_IP:
         return b""
-    packet = read_base64(event.get("packet"))
-    vlan = event.get("vlan")
-    if isinstance(vlan, list) and event.get("pkt_src") == "gre tunnel":
-        # Of a connection that returned from a shortcut: its tags stand before it (docs/inspection.md).
-        packet = packet[4 * len(vlan) :]
+    return cut_segment(
+        cut_tags(read_base64(event.get("packet")), event.get("vlan"), event.get("pkt_src"))
+    )
+
+
+def cut_tags(packet: bytes, vlan: object, source: object) -> bytes:
+    """The packet from its IP header on, of a connection that returned from a shortcut too.
+
+    Of such a one the tags by which the engine tells it from others stand before it (docs/inspection.md).
+    """
+    if isinstance(vlan, list) and source == "gre tunnel":
+        return packet[4 * len(vlan) :]
+    return packet
+
+
+def cut_segment(packet: bytes) -> bytes:
+    """What a TCP packet (from its IP header on) carries; nothing where it is none."""
     if not packet:
         return b""
     version = packet[0] >> 4
@@ -53,7 +66,7 @@ def append_segment(payload: object, printable: str, segment: bytes, limit: int) 
 
 def render_printable(data: bytes) -> str:
     """As the engine does in `payload_printable`: anything but ASCII text and line ends is a dot."""
-    return "".join(chr(one) if 32 <= one < 127 or one in (10, 13) else "." for one in data)
+    return data.translate(_PRINTABLE).decode("ascii")
 
 
 def read_base64(value: object) -> bytes:

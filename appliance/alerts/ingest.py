@@ -1,4 +1,4 @@
-"""EVE files -> alerts in the database, one transaction a batch, bookmark included.
+"""EVE files -> alerts in the youngest partition, one transaction a batch, bookmark included.
 
 What a kill at any moment leaves is the last committed transaction: its alerts and the bookmark
 behind them. So nothing is lost and nothing is stored twice. A rotated file is deleted only after
@@ -9,35 +9,25 @@ its last line was committed, a younger file of its lane exists, and nothing was 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlite_utils import Database
 
-from appliance.alerts.attribute import (
-    Attributed,
-    Context,
-    Decide,
-    attribute,
-    leave_unattributed,
-)
+from appliance.alerts.attribute import Context, Decide, leave_unattributed
+from appliance.alerts.attributor import Attribution, Attributor, shorten
 from appliance.alerts.canary import Arrival, find_arrival, record_arrival
-from appliance.alerts.eve import parse_event, split_torn
-from appliance.alerts.history import find_rows, record_event, record_repeated
-from appliance.alerts.model import EveAlert, Malformed
+from appliance.alerts.history import find_rows, record_repeated
+from appliance.alerts.model import Malformed
+from appliance.alerts.partitions import AlertWrite
 from appliance.alerts.query import find_latest_alert_id
-from appliance.alerts.rows import (
-    Row,
-    build_alert_row,
-    build_bookmark_row,
-    insert_sql,
-    parse_bookmark_row,
-)
+from appliance.alerts.quick import Sighting, parse_line
+from appliance.alerts.rows import build_bookmark_row, insert_sql, parse_bookmark_row
 from appliance.alerts.store import Store, StoreError
 from appliance.alerts.tail import (
     Batch,
@@ -48,15 +38,18 @@ from appliance.alerts.tail import (
     read_batch,
     remove_rotated,
 )
+from appliance.alerts.writing import Item, Origin
 from steering.model import Lane
 
 log = structlog.get_logger("ingest")
 
 POLL_SECONDS = 0.1
-BATCH_LINES = 1000
+BATCH_LINES = 8192
 GRACE_SECONDS = 10.0
 _BACKOFF_SECONDS = (0.1, 5.0)
 _FINISHED_KEPT = 16
+_SHORT = 16
+"""Bytes; what is longer is no blank line, or malformed."""
 
 FindContext = Callable[[Lane, float], Context]
 """What was known of a lane's VMs and policies at a time. Called in a thread, once an alert."""
@@ -81,13 +74,13 @@ class LaneStatus:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a batch comes to: rows to insert, and what was wrong with it.
+    """What a batch comes to: alerts to store, and what was wrong with it.
 
-    ``arrivals`` are by the place of their row in ``rows``: that row is an alert only if no probe of
-    ours has sent it.
+    ``arrivals`` are by the place of their alert in ``items``: it is one only if no probe of ours has
+    sent it.
     """
 
-    rows: tuple[Row, ...] = ()
+    items: tuple[Item, ...] = ()
     arrivals: Mapping[int, Arrival] = field(default_factory=dict)
     malformed: tuple[tuple[int, Malformed], ...] = ()
     unattributed: int = 0
@@ -99,6 +92,7 @@ class _Tail:
 
     lane: Lane
     live: Path
+    attributor: Attributor
     bookmarks: dict[tuple[int, int], Bookmark] = field(default_factory=dict)
     next_generation: int = 1
     missing_since: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -124,12 +118,12 @@ class Ingest:
     ) -> None:
         self._store = store
         self._find_context = find_context
-        self._decide = decide
         self._clock = clock
         self._poll = poll_seconds
         self._grace = grace_seconds
         self._tails = [
-            _Tail(lane, live, status=LaneStatus(lane.name)) for lane, live in lanes.items()
+            _Tail(lane, live, Attributor(decide), status=LaneStatus(lane.name))
+            for lane, live in lanes.items()
         ]
         self._stored = asyncio.Condition()
         self._latest = 0
@@ -171,8 +165,10 @@ class Ingest:
 
     async def _load(self, tail: _Tail) -> None:
         # By the writer, behind whatever a cancelled run before this one left in its queue.
-        rows = await self._store.write(
-            lambda db: find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (tail.lane.name,))
+        rows = await self._store.write_alerts(
+            lambda write: find_rows(
+                write.db, "SELECT * FROM bookmarks WHERE lane = ?", (tail.lane.name,)
+            )
         )
         tail.bookmarks = index_bookmarks(
             parse_bookmark_row(row) for row in rows if row["finished_at"] is None
@@ -225,21 +221,27 @@ class Ingest:
         known = tail.bookmarks.get(batch.bookmark.identity)
         if known == batch.bookmark:
             return
-        prepared = await asyncio.to_thread(self._prepare, tail.lane, batch)
+        prepared = await asyncio.to_thread(self._prepare, tail, batch)
         now = self._clock()
+        canaries: frozenset[int] = frozenset()
+        if prepared.arrivals:
+            # Before the alerts, and in the other database: recording an arrival again changes nothing.
+            canaries = await self._store.write(
+                lambda db: find_canaries(db, tail.lane, prepared, now)
+            )
 
-        def commit(db: Database) -> tuple[int, int, int]:
-            return commit_batch(db, tail.lane, batch, prepared, now)
+        def commit(write: AlertWrite) -> int:
+            return commit_batch(write, tail.lane, batch, prepared, canaries, now)
 
-        latest, refused, canaries = await self._store.write(commit)
+        latest = await self._store.write_alerts(commit)
         tail.bookmarks[batch.bookmark.identity] = batch.bookmark
         tail.next_generation = max(tail.next_generation, batch.bookmark.generation + 1)
         status = tail.status
         tail.status = replace(
             status,
             lines=status.lines + len(batch.lines),
-            alerts=status.alerts + len(prepared.rows) - refused - canaries,
-            malformed=status.malformed + len(prepared.malformed) + refused,
+            alerts=status.alerts + len(prepared.items) - len(canaries),
+            malformed=status.malformed + len(prepared.malformed),
             unattributed=status.unattributed + prepared.unattributed,
             stored_at=now if batch.lines else status.stored_at,
         )
@@ -248,36 +250,36 @@ class Ingest:
                 self._latest = max(self._latest, latest)
                 self._stored.notify_all()
 
-    def _prepare(self, lane: Lane, batch: Batch) -> Prepared:
+    def _prepare(self, tail: _Tail, batch: Batch) -> Prepared:
         """Parse and attribute; the work of a thread, without I/O of its own."""
-        now = self._clock()
-        rows: list[Row] = []
+        items: list[Item] = []
         malformed: list[tuple[int, Malformed]] = []
         arrivals: dict[int, Arrival] = {}
         unattributed = 0
         for line in batch.lines:
-            if not line.raw.strip():
+            if len(line.raw) < _SHORT and not line.raw.strip():
                 continue
-            for part, event in enumerate(parse_line(line.raw)):
+            for event in parse_line(line.raw):
                 if isinstance(event, Malformed):
                     malformed.append((line.offset, event))
                     continue
-                attributed = self._attribute(lane, event)
-                if (arrival := find_arrival(event)) is not None:
-                    arrivals[len(rows)] = arrival
+                attribution = self._attribute(tail, event)
+                arrival = None if event.event is None else find_arrival(event.event)
+                if arrival is not None:
+                    arrivals[len(items)] = arrival
                 else:
-                    unattributed += attributed.policy is None
-                origin = (batch.bookmark.generation, line.offset, part)
-                rows.append(build_alert_row(event, attributed, lane, now, origin))
-        return Prepared(tuple(rows), arrivals, tuple(malformed), unattributed)
+                    unattributed += attribution.policy is None
+                items.append((event, attribution))
+        return Prepared(tuple(items), arrivals, tuple(malformed), unattributed)
 
-    def _attribute(self, lane: Lane, alert: EveAlert) -> Attributed:
+    def _attribute(self, tail: _Tail, alert: Sighting) -> Attribution:
         try:
-            return attribute(alert, self._find_context(lane, alert.at), self._decide)
+            return tail.attributor.attribute(alert, self._find_context(tail.lane, alert.at))
         except Exception as fault:
             # An alert is worth more than its attribution: it is stored with what is known of it.
-            log.exception("attribution failed", lane=lane.name, sid=alert.signature.sid)
-            return leave_unattributed(alert, f"attribution failed: {type(fault).__name__}: {fault}")
+            log.exception("attribution failed", lane=tail.lane.name)
+            reason = f"attribution failed: {type(fault).__name__}: {fault}"
+            return shorten(leave_unattributed(alert, reason))
 
     async def _retire(self, tail: _Tail, batch: Batch) -> None:
         """Delete a drained file that nothing is written to any more, and forget it."""
@@ -287,8 +289,8 @@ class Ingest:
         if not await asyncio.to_thread(remove_rotated, batch.path, tail.live, bookmark):
             return
         now = self._clock()
-        await self._store.write(
-            lambda db: finish_file(db, bookmark, batch.path.name, batch.torn, now)
+        await self._store.write_alerts(
+            lambda write: finish_lane_file(write, bookmark, batch.path.name, batch.torn, now)
         )
         tail.bookmarks.pop(bookmark.identity, None)
         log.info("EVE file drained and deleted", file=str(batch.path), bytes=bookmark.offset)
@@ -307,7 +309,7 @@ class Ingest:
             tail.missing_since[identity] = since
             if now - since < self._grace:
                 continue
-            await self._store.write(partial(record_vanished, bookmark=bookmark, now=now))
+            await self._store.write_alerts(partial(note_vanished, bookmark=bookmark, now=now))
             del tail.bookmarks[identity], tail.missing_since[identity]
 
     async def _change_fault(self, tail: _Tail, fault: str) -> None:
@@ -334,58 +336,42 @@ class Ingest:
         tail.status = replace(tail.status, fault=fault)
 
 
-def parse_line(line: bytes) -> tuple[EveAlert | Malformed, ...]:
-    """What a line holds: nothing for other events, one alert, or a torn event and one behind it."""
-    event = parse_event(line)
-    torn = split_torn(line) if isinstance(event, Malformed) else None
-    # The part before may be whole, and only its newline missing.
-    events = (event,) if torn is None else tuple(map(parse_event, torn))
-    return tuple(event for event in events if event is not None)
+def find_canaries(db: Database, lane: Lane, prepared: Prepared, now: float) -> frozenset[int]:
+    """Record the arrivals of our own probes; the places of their alerts."""
+    return frozenset(
+        place
+        for place, arrival in prepared.arrivals.items()
+        if record_arrival(db, lane.name, arrival, now)
+    )
 
 
 def commit_batch(
-    db: Database, lane: Lane, batch: Batch, prepared: Prepared, now: float
-) -> tuple[int, int, int]:
-    """Store a batch and its bookmark: the newest alert's id (0 for none), rows refused, canaries.
-
-    A row that the database refuses is recorded as malformed; it must not stop those behind it.
-    """
-    latest = canaries = 0
-    refused: list[str] = []
-    for place, row in enumerate(prepared.rows):
-        arrival = prepared.arrivals.get(place)
-        if arrival is not None and record_arrival(db, lane.name, arrival, now):
-            canaries += 1
-            continue
-        try:
-            latest = int(db.execute(insert_sql("alerts", row), row).lastrowid or 0)
-        except (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError) as fault:
-            refused.append(f"offset {row['file_offset']}: {fault}")
-    if refused:
-        record_repeated(
-            db,
-            now,
-            "eve.refused",
-            "error",
-            f"the database refused {len(refused)} alerts, the first at {refused[0]}",
-            subject=lane.name,
-            count=len(refused),
-        )
+    write: AlertWrite,
+    lane: Lane,
+    batch: Batch,
+    prepared: Prepared,
+    canaries: frozenset[int],
+    now: float,
+) -> int:
+    """Store a batch but its ``canaries``, and its bookmark: the newest alert's id, 0 for none."""
+    items = prepared.items
+    if canaries:
+        items = tuple(item for place, item in enumerate(items) if place not in canaries)
+    offset = batch.lines[0].offset if batch.lines else batch.bookmark.offset
+    write.writer.write(items, Origin(lane, batch.bookmark.generation, offset, now))
     if prepared.malformed:
-        offset, first = prepared.malformed[0]
-        record_repeated(
-            db,
+        place, first = prepared.malformed[0]
+        write.note_repeated(
             now,
             "eve.malformed",
             "warning",
             f"EVE lines that are no events: {first.reason}",
             subject=lane.name,
             count=len(prepared.malformed),
-            detail={"file": batch.path.name, "offset": offset, "excerpt": first.excerpt},
+            detail={"file": batch.path.name, "offset": place, "excerpt": first.excerpt},
         )
     if batch.replaced:
-        record_event(
-            db,
+        write.note_event(
             now,
             "eve.replaced",
             "warning",
@@ -395,14 +381,13 @@ def commit_batch(
             detail={"file": batch.path.name},
         )
     row = build_bookmark_row(batch.bookmark)
-    db.execute(insert_sql("bookmarks", row).replace("INSERT", "INSERT OR REPLACE", 1), row)
-    return latest, len(refused), canaries
+    write.db.execute(insert_sql("bookmarks", row).replace("INSERT", "INSERT OR REPLACE", 1), row)
+    return write.base + write.writer.last if items else 0
 
 
-def record_vanished(db: Database, bookmark: Bookmark, now: float) -> None:
+def note_vanished(write: AlertWrite, bookmark: Bookmark, now: float) -> None:
     """A file is gone that this reader has not deleted; what it held behind the bookmark is lost."""
-    record_event(
-        db,
+    write.note_event(
         now,
         "eve.vanished",
         "warning",
@@ -411,25 +396,36 @@ def record_vanished(db: Database, bookmark: Bookmark, now: float) -> None:
         subject=bookmark.lane,
         detail={"generation": bookmark.generation, "offset": bookmark.offset},
     )
-    _finish_bookmark(db, bookmark, now)
+    finish_bookmark(write.db, bookmark, now)
+
+
+def finish_lane_file(
+    write: AlertWrite, bookmark: Bookmark, name: str, torn: int, now: float
+) -> None:
+    """The file is gone; its bookmark no longer counts, and the oldest such are removed."""
+    finish_bookmark(write.db, bookmark, now)
+    if torn:
+        write.note_repeated(now, **build_torn_event(bookmark, name, torn))
 
 
 def finish_file(db: Database, bookmark: Bookmark, name: str, torn: int, now: float) -> None:
-    """The file is gone; its bookmark no longer counts, and the oldest such are removed."""
-    _finish_bookmark(db, bookmark, now)
+    """As `finish_lane_file`, of a file whose bookmark stands in the main database."""
+    finish_bookmark(db, bookmark, now)
     if torn:
-        record_repeated(
-            db,
-            now,
-            "eve.malformed",
-            "warning",
-            f"a rotated EVE file ended in a torn line of {torn} bytes",
-            subject=bookmark.lane,
-            detail={"file": name, "offset": bookmark.offset},
-        )
+        record_repeated(db, now, **build_torn_event(bookmark, name, torn))
 
 
-def _finish_bookmark(db: Database, bookmark: Bookmark, now: float) -> None:
+def build_torn_event(bookmark: Bookmark, name: str, torn: int) -> dict[str, Any]:
+    return {
+        "kind": "eve.malformed",
+        "severity": "warning",
+        "message": f"a rotated EVE file ended in a torn line of {torn} bytes",
+        "subject": bookmark.lane,
+        "detail": {"file": name, "offset": bookmark.offset},
+    }
+
+
+def finish_bookmark(db: Database, bookmark: Bookmark, now: float) -> None:
     db.execute(
         "UPDATE bookmarks SET finished_at = ? WHERE lane = ? AND generation = ?",
         (now, bookmark.lane, bookmark.generation),

@@ -42,6 +42,15 @@ class Signature:
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """What an event's `alert` object says of the rule, the same each time that it fires."""
+
+    signature: Signature
+    cves: tuple[str, ...] = ()
+    affected_products: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Http:
     """The request as the engine parsed it; each field is bounded, empty where it was not seen."""
 
@@ -134,6 +143,19 @@ class Alert:
     flow_id: int | None
     reasons: tuple[str, ...]
     raw: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignatureCount:
+    """How often a rule fired, and how often it blocked."""
+
+    gid: int
+    sid: int
+    rev: int
+    text: str
+    severity: int
+    alerts: int
+    blocked: int
 
 
 @dataclass(frozen=True, slots=True)

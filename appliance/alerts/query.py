@@ -1,4 +1,7 @@
-"""Questions about alerts, flows and events: SQL built by pure functions, answered page by page.
+"""Questions about alerts, flows and events, answered page by page.
+
+Alerts are asked of one partition after the other (`reading.py`), then of the table that held them
+before; the SQL for that, and for all else, is built by pure functions.
 
 A cursor is the id of the last item of a page, as text; the page after it begins at the next id.
 """
@@ -6,14 +9,24 @@ A cursor is the id of the last item of a page, as text; the page after it begins
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-from appliance.alerts.model import Alert, Event, FlowRecord, FlowSummary, Verdict
+from appliance.alerts.model import Alert, Event, FlowRecord, FlowSummary, SignatureCount
+from appliance.alerts.partition import Partition
+from appliance.alerts.reading import (
+    count_signatures,
+    find_alerts_in,
+    find_last,
+    read_alerts,
+)
 from appliance.alerts.rows import parse_alert_row, parse_event_row, parse_flow_row
-from appliance.alerts.store import Store
+from appliance.alerts.store import AlertView, Store
+from appliance.alerts.wanted import AlertFilter as AlertFilter
+from appliance.alerts.wanted import read_address
+from appliance.alerts.writing import HOUR
 from steering.errors import FieldError, WrongInput
 
 LIMIT = 1000
@@ -21,27 +34,6 @@ _CURSOR = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 
 T = TypeVar("T")
 Query = tuple[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class AlertFilter:
-    """All that are set must hold. VMs are named by name or vm-id; ``vm``, ``address`` and ``zone``
-    fit either end; ``since`` (inclusive) and ``until`` (exclusive) are times of the packet;
-    ``text`` is looked for in the signature, the URL and the payload, whatever the case."""
-
-    vm: str | None = None
-    source_vm: str | None = None
-    destination_vm: str | None = None
-    address: str | None = None
-    zone: str | None = None
-    verdict: Verdict | None = None
-    signature: int | None = None
-    cve: str | None = None
-    policy: str | None = None
-    lane: str | None = None
-    since: float | None = None
-    until: float | None = None
-    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +80,40 @@ async def find_alerts(
     ascending: bool = False,
 ) -> Page[Alert]:
     """Newest first unless ``ascending``. Raises WrongInput for a bad cursor or limit."""
-    question = alerts_sql(wanted, parse_cursor(cursor), check_limit(limit), ascending)
-    return await _find_page(store, question, limit, parse_alert_row)
+    after = parse_cursor(cursor)
+    check_limit(limit)
+    found = await store.read_alerts(
+        lambda view: _collect_alerts(view, wanted, after, limit + 1, ascending)
+    )
+    return Page(
+        items=tuple(found[:limit]),
+        next_cursor=str(found[limit - 1].id) if len(found) > limit else None,
+    )
 
 
 async def find_alert(store: Store, alert_id: int) -> Alert | None:
-    rows = await _find_rows(store, ("SELECT * FROM alerts WHERE id = :id", {"id": alert_id}))
-    return parse_alert_row(rows[0]) if rows else None
+    def find(view: AlertView) -> Alert | None:
+        for part in reversed(view.partitions):
+            if part.base < alert_id:
+                row = alert_id - part.base
+                found = view.ask(part, partial(read_alerts, partition=part, rows=(row,)))
+                return found[0] if found else None
+        rows = view.ask_main(
+            lambda db: list(db.query("SELECT * FROM alerts WHERE id = ?", (alert_id,)))
+        )
+        return parse_alert_row(rows[0]) if rows else None
+
+    return await store.read_alerts(find)
 
 
 async def find_latest_alert_id(store: Store) -> int:
-    """The id of the newest alert; 0 when there is none."""
-    rows = await _find_rows(store, ("SELECT coalesce(max(id), 0) AS id FROM alerts", {}))
-    return int(rows[0]["id"])
+    """The highest id that an alert was given; 0 when there was none yet."""
+
+    def find(view: AlertView) -> int:
+        newest = view.partitions[-1]
+        return newest.base + (view.ask(newest, find_last) or 0)
+
+    return await store.read_alerts(find)
 
 
 async def find_alerts_after(
@@ -111,10 +124,108 @@ async def find_alerts_after(
     The second is where to go on; it passes what the filter held back, so that is not read again.
     """
     newest = await find_latest_alert_id(store)
-    question = alerts_sql(wanted or AlertFilter(), after, check_limit(limit), True)
-    page = await _find_page(store, question, limit, parse_alert_row)
+    page = await find_alerts(
+        store, wanted or AlertFilter(), str(after), limit=limit, ascending=True
+    )
     last = page.items[-1].id if page.items else after
     return page.items, last if page.next_cursor is not None else max(last, newest)
+
+
+async def find_top_signatures(
+    store: Store, since: float, until: float, *, limit: int = 100
+) -> tuple[SignatureCount, ...]:
+    """Which signatures fired most often, the most frequent first.
+
+    Counted are whole hours (UTC): from the one that ``since`` is in to before the one that begins at or
+    after ``until``. Raises WrongInput for a bad limit.
+    """
+    check_limit(limit)
+    first, end = find_hours(since, until)
+    rows: list[tuple[Any, ...]] = []
+
+    def collect(view: AlertView) -> None:
+        for part in view.partitions:
+            if _may_have(part, first * HOUR, end * HOUR):
+                rows.extend(view.ask(part, lambda db: count_signatures(db, first, end)) or ())
+        rows.extend(
+            view.ask_main(
+                lambda db: db.execute(
+                    "SELECT gid, sid, max(rev), signature, severity, count(*),"
+                    " sum(verdict = 'blocked'), 0 FROM alerts WHERE at >= ? AND at < ?"
+                    " GROUP BY gid, sid",
+                    (first * HOUR, end * HOUR),
+                ).fetchall()
+            )
+        )
+
+    await store.read_alerts(collect)
+    return add_up_signatures(rows)[:limit]
+
+
+def find_hours(since: float, until: float) -> tuple[int, int]:
+    """The hours (since the epoch) that are counted: the first, and the one after the last."""
+    return int(since // HOUR), -int(-until // HOUR)
+
+
+def add_up_signatures(rows: Iterable[tuple[Any, ...]]) -> tuple[SignatureCount, ...]:
+    """Of one signature's revisions the text and severity of the newest are told."""
+    found: dict[tuple[int, int], SignatureCount] = {}
+    for gid, sid, rev, text, severity, alerts, blocked, _last in rows:
+        one = SignatureCount(gid, sid, rev, text, severity, alerts, blocked)
+        known = found.get((gid, sid))
+        if known is not None:
+            newer = one if one.rev >= known.rev else known
+            one = replace(newer, alerts=known.alerts + alerts, blocked=known.blocked + blocked)
+        found[gid, sid] = one
+    return tuple(sorted(found.values(), key=lambda one: (-one.alerts, one.gid, one.sid)))
+
+
+def _collect_alerts(
+    view: AlertView, wanted: AlertFilter, after: int | None, limit: int, ascending: bool
+) -> list[Alert]:
+    """From one partition after the other until ``limit`` are found; the table of before is the oldest."""
+    found: list[Alert] = []
+
+    def ask_table() -> None:
+        # What it holds has lower ids than all partitions.
+        if not ascending or after is None or after < view.partitions[0].base:
+            sql, values = alerts_sql(wanted, after, limit - len(found) - 1, ascending)
+            rows = view.ask_main(lambda db: list(db.query(sql, values)))
+            found.extend(map(parse_alert_row, rows))
+
+    if ascending:
+        ask_table()
+    for part in view.partitions if ascending else reversed(view.partitions):
+        if len(found) >= limit:
+            return found
+        if after is not None and not ascending and after <= part.base + 1:
+            continue
+        if not _may_have(part, wanted.since, wanted.until):
+            continue
+        found += (
+            view.ask(
+                part,
+                partial(
+                    find_alerts_in,
+                    partition=part,
+                    wanted=wanted,
+                    after=after,
+                    limit=limit - len(found),
+                    ascending=ascending,
+                ),
+            )
+            or ()
+        )
+    if not ascending and len(found) < limit:
+        ask_table()
+    return found
+
+
+def _may_have(part: Partition, since: float | None, until: float | None) -> bool:
+    """Whether an ended partition has alerts of that time; of the youngest nothing is known."""
+    if part.oldest is None or part.newest is None:
+        return part.ended is None
+    return (since is None or part.newest >= since) and (until is None or part.oldest < until)
 
 
 async def find_flows(
@@ -142,7 +253,10 @@ async def find_events(
 
 
 def alerts_sql(wanted: AlertFilter, after: int | None, limit: int, ascending: bool) -> Query:
-    """One row more than ``limit`` is asked for, to know whether there is another page."""
+    """Of the table of before, and what the partitions' answers are tested against.
+
+    One row more than ``limit`` is asked for, to know whether there is another page.
+    """
     where, values = _start_where("alerts", after, ascending)
     _match_vms(wanted.vm, wanted.source_vm, wanted.destination_vm, where, values)
     _match_address(wanted.address, where, values)
@@ -298,10 +412,7 @@ def _match_vms(
 def _match_address(address: str | None, where: list[str], values: dict[str, Any]) -> None:
     if address is None:
         return
-    try:
-        values["address"] = str(ip_address(address))
-    except ValueError as fault:
-        raise WrongInput([FieldError("address", str(fault))]) from fault
+    values["address"] = read_address(address)
     where.append(":address IN (source_address, destination_address)")
 
 

@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from appliance.alerts.attribute import Attributed
 from appliance.alerts.model import (
     Alert,
     Endpoint,
-    EveAlert,
     Event,
     FlowRecord,
     Http,
@@ -19,7 +17,7 @@ from appliance.alerts.model import (
     Verdict,
 )
 from appliance.alerts.tail import Bookmark, Fingerprint
-from steering.model import Family, Lane
+from steering.model import Family
 
 Row = dict[str, Any]
 
@@ -31,54 +29,8 @@ def insert_sql(table: str, row: Mapping[str, Any]) -> str:
     return f'INSERT INTO "{table}" ({names}) VALUES ({values})'  # noqa: S608
 
 
-def build_alert_row(
-    alert: EveAlert,
-    attributed: Attributed,
-    lane: Lane,
-    stored_at: float,
-    origin: tuple[int, int, int],
-) -> Row:
-    """``origin`` is the file's generation, the line's offset and the event's place in the line."""
-    generation, offset, part = origin
-    return {
-        "at": alert.at,
-        "stored_at": stored_at,
-        "lane": lane.name,
-        "profile": str(lane.profile),
-        "verdict": str(alert.verdict),
-        **_build_endpoint("source", attributed.source),
-        **_build_endpoint("destination", attributed.destination),
-        "protocol": alert.protocol,
-        "family": _text(alert.family),
-        "direction": alert.direction,
-        "opener": _text(attributed.opener),
-        "sid": alert.signature.sid,
-        "gid": alert.signature.gid,
-        "rev": alert.signature.rev,
-        "signature": alert.signature.text,
-        "category": alert.signature.category,
-        "severity": alert.signature.severity,
-        "cves": json.dumps(alert.cves),
-        "affected_products": json.dumps(alert.affected_products),
-        "policy": attributed.policy,
-        "revision": attributed.revision,
-        "app_proto": alert.app_proto,
-        "payload": alert.payload,
-        "payload_printable": alert.payload_printable,
-        "http_hostname": alert.http.hostname if alert.http else None,
-        "http_url": alert.http.url if alert.http else None,
-        "http_method": alert.http.method if alert.http else None,
-        "community_id": alert.community_id,
-        "flow_id": alert.flow_id,
-        "reasons": json.dumps(attributed.reasons),
-        "raw": alert.raw,
-        "file_generation": generation,
-        "file_offset": offset,
-        "file_part": part,
-    }
-
-
 def parse_alert_row(row: Mapping[str, Any]) -> Alert:
+    """A row of the table that held alerts before they stood in partitions."""
     return Alert(
         id=row["id"],
         at=row["at"],
@@ -118,8 +70,8 @@ def build_flow_row(flow: FlowRecord) -> Row:
     return {
         "first_seen": flow.first_seen,
         "last_seen": flow.last_seen,
-        **_build_endpoint("source", flow.source),
-        **_build_endpoint("destination", flow.destination),
+        **build_endpoint("source", flow.source),
+        **build_endpoint("destination", flow.destination),
         "protocol": flow.protocol,
         "application": flow.application,
         "category": flow.category,
@@ -187,7 +139,7 @@ def parse_bookmark_row(row: Mapping[str, Any]) -> Bookmark:
     )
 
 
-def _build_endpoint(side: str, endpoint: Endpoint) -> Row:
+def build_endpoint(side: str, endpoint: Endpoint) -> Row:
     return {
         f"{side}_address": endpoint.address,
         f"{side}_port": endpoint.port,
@@ -210,7 +162,3 @@ def _parse_endpoint(side: str, row: Mapping[str, Any]) -> Endpoint:
 def _parse_texts(text: str) -> tuple[str, ...]:
     values: Sequence[str] = json.loads(text)
     return tuple(values)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

@@ -210,3 +210,24 @@ _QUARANTINE = (
 def quarantine_tables(db: Database) -> None:
     for statement in _QUARANTINE:
         db.execute(statement)
+
+
+_PARTITIONS = (
+    # Alerts stand in partitions (`partition.py`); the table `alerts` holds those from before, until
+    # they are old enough to go. `last`: the note of a partition that was recorded last.
+    """CREATE TABLE notes_taken (
+        partition TEXT PRIMARY KEY,
+        last INTEGER NOT NULL
+    ) STRICT""",
+    # Recorded before the file is removed, so that it is told once.
+    """CREATE TABLE dropped_partitions (
+        name TEXT PRIMARY KEY,
+        at REAL NOT NULL
+    ) STRICT""",
+)
+
+
+@migrations()
+def partition_tables(db: Database) -> None:
+    for statement in _PARTITIONS:
+        db.execute(statement)

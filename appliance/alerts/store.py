@@ -1,4 +1,6 @@
-"""The door to the database: one writer thread, a few read-only connections, every failure typed.
+"""The door to the store: one writer thread, a few read-only connections, every failure typed.
+
+The main database, and the partitions of alerts in a directory beside it (`partitions.py`).
 
 The file belongs to the management service alone, and a lock beside it holds that. WAL, so that
 readers never wait for the writer. `synchronous=FULL`, because what a commit covers is given up
@@ -14,6 +16,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +24,8 @@ from typing import TypeVar
 
 from sqlite_utils import Database
 
+from appliance.alerts.partition import Partition
+from appliance.alerts.partitions import AlertWrite, Limits, Partitions
 from appliance.alerts.schema import migrations
 from steering.errors import HairpinError
 
@@ -55,14 +60,24 @@ def explain_fault(path: Path, fault: sqlite3.Error) -> StoreError:
 class Store:
     """The database at ``path``, created with mode 0600 and brought to the newest tables.
 
-    Raises StoreError when it can't be opened or another process owns it. Close it with `close`.
+    Its alerts stand in partitions of ``limits`` in the directory `find_directory` beside it. Raises
+    StoreError when it can't be opened or another process owns it. Close it with `close`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.path = path
+        self._clock = clock
+        self._limits = limits or Limits()
         self._lock = _lock_owner(path)
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
+        self._partitions: Partitions = None  # type: ignore[assignment]  # set by the writer thread
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         try:
@@ -85,15 +100,59 @@ class Store:
         """
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, question)
 
+    async def write_alerts(self, change: Callable[[AlertWrite], T]) -> T:
+        """Run ``change`` in one transaction of the youngest partition, on the writer thread.
+
+        Alerts and the bookmarks of their files stand there. What it notes is recorded as events of the
+        main database afterwards. When it raises, nothing of it stays. Raises StoreError.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._writer, self._guard, lambda: self._partitions.transact(change)
+        )
+
+    async def read_alerts(self, question: Callable[[AlertView], T]) -> T:
+        """Run ``question`` on all alerts. Each partition is seen in one consistent state.
+
+        Raises StoreError for failures of the database.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._readers, self._guard, lambda: question(AlertView(self))
+        )
+
+    async def roll(self) -> None:
+        """End the youngest partition, if there is anything in it. Raises StoreError."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._writer, self._guard, self._partitions.roll
+        )
+
+    async def drop(self, partition: Partition, record: Callable[[Database], None]) -> None:
+        """Remove an ended partition; ``record`` tells why, in the main database. Raises StoreError."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._writer, self._guard, lambda: self._partitions.drop(partition, record)
+        )
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        """Oldest first; the last is the one that is written to."""
+        return self._partitions.all
+
     def close(self) -> None:
         """Wait for what is running, then close. May be called twice."""
         self._writer.shutdown()
         self._readers.shutdown()
+        if self._partitions is not None:
+            self._partitions.close()
         while self._connections:
             self._connections.pop().close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _guard(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except sqlite3.Error as fault:
+            raise explain_fault(find_directory(self.path), fault) from fault
 
     def _write(self, change: Callable[[Database], T]) -> T:
         try:
@@ -128,6 +187,9 @@ class Store:
             connection.execute("PRAGMA journal_size_limit=67108864")
             database = Database(connection, execute_plugins=False)
             migrations.apply(database)
+            self._partitions = Partitions(
+                find_directory(self.path), database, self._limits, self._clock
+            )
             return database
         except sqlite3.Error as fault:
             raise explain_fault(self.path, fault) from fault
@@ -136,6 +198,27 @@ class Store:
         connection = self._connect(f"{self.path.absolute().as_uri()}?mode=ro")
         connection.execute("PRAGMA query_only=ON")
         return Database(connection, execute_plugins=False)
+
+
+class AlertView:
+    """What a question about alerts is asked of: the partitions, and the main database."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.partitions = store.partitions
+
+    def ask(self, partition: Partition, question: Callable[[Database], T]) -> T | None:
+        """None where the partition was removed meanwhile."""
+        with self._store._partitions.lease(partition) as database:
+            return None if database is None else question(database)
+
+    def ask_main(self, question: Callable[[Database], T]) -> T:
+        return self._store._read(question)
+
+
+def find_directory(database: Path) -> Path:
+    """Where the partitions of ``database`` are: `hairpin-alerts` beside `hairpin.db`."""
+    return database.with_name(f"{database.stem}-alerts")
 
 
 def _create_private(path: Path) -> None:

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from appliance.alerts.eve import LINE_LIMIT
 
 FINGERPRINT_BYTES = 256
-_READ_BYTES = 4 * 2**20
+_READ_BYTES = 8 * 2**20
 _ROTATED = re.compile(r"\.([0-9]{1,20})")
 
 # LINE_LIMIT must fit into one read, or a long line would never be seen to be too long.
@@ -53,8 +55,7 @@ class Bookmark:
         return self.device, self.inode
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True, gc=False):
     """One line without its newline, and where in the file it begins."""
 
     offset: int

@@ -30,6 +30,7 @@ from appliance.api.documents import (
     PolicyDocuments,
     RulePage,
     RulesStatus,
+    SignatureCounts,
     UpdateJob,
     VmEdit,
     VmList,
@@ -47,6 +48,7 @@ from appliance.api.queries import (
     RuleQuery,
     ShortcutFilter,
     ShortcutQuery,
+    SignatureQuery,
 )
 from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
@@ -187,6 +189,8 @@ class Control(Protocol):
     async def find_alert(self, alert_id: int) -> AlertDetail:
         """Raises NotFound."""
         ...
+
+    async def count_signatures(self, query: SignatureQuery) -> SignatureCounts: ...
 
     async def read_alerts_after(
         self, after: int | None, wanted: AlertFilter, limit: int

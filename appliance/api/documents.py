@@ -449,6 +449,26 @@ class AlertPage(ApiDocument):
     next: str | None = None
 
 
+class SignatureCount(ApiDocument):
+    """How often a rule fired. Text, revision and severity are those of its newest revision."""
+
+    sid: int
+    gid: int = 1
+    revision: int = 1
+    message: str
+    severity: int
+    alerts: int
+    blocked: int
+
+
+class SignatureCounts(ApiDocument):
+    """The most frequent first. Whole hours are counted: from ``since`` to before ``until``."""
+
+    since: datetime
+    until: datetime
+    items: tuple[SignatureCount, ...] = ()
+
+
 class Event(ApiDocument):
     """Something the appliance itself did or met: an apply, drift mended, an engine lost."""
 

@@ -130,6 +130,21 @@ class AlertFilter(Query):
     verdict: Verdict | None = None
     sid: Sid | None = None
     cve: Cve | None = None
+    text: Annotated[str, Field(min_length=4, max_length=200)] | None = Field(
+        default=None,
+        description="A part of the signature, the URL or the payload; small and capital letters of"
+        " ASCII are the same.",
+    )
+
+
+class SignatureQuery(Query):
+    since: QueryTime | None = Field(
+        default=None, description="The hour that this is in is counted whole; a day ago if not set."
+    )
+    until: QueryTime | None = Field(
+        default=None, description="The hour that this is in is counted whole; now if not set."
+    )
+    limit: Limit = 100
 
 
 class AlertQuery(AlertFilter, Page):

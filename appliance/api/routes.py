@@ -25,6 +25,7 @@ from appliance.api.documents import (
     PolicyDocuments,
     RulePage,
     RulesStatus,
+    SignatureCounts,
     UpdateJob,
     VmEdit,
     VmList,
@@ -45,6 +46,7 @@ from appliance.api.queries import (
     RuleQuery,
     ShortcutFilter,
     ShortcutQuery,
+    SignatureQuery,
 )
 from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
@@ -196,6 +198,10 @@ async def _alerts(control: Control, call: Call) -> Reply:
 
 async def _alert(control: Control, call: Call) -> Reply:
     return Reply(200, await control.find_alert(int(call.path["alertId"])))
+
+
+async def _count_signatures(control: Control, call: Call) -> Reply:
+    return Reply(200, await control.count_signatures(call.query))
 
 
 async def _quarantines(control: Control, call: Call) -> Reply:
@@ -440,6 +446,15 @@ ROUTES: tuple[Route, ...] = (
         {200: None},
         query=AlertStreamQuery,
         media_type=EVENT_STREAM,
+    ),
+    Route(
+        "GET",
+        f"{BASE}/alerts/signatures",
+        "countSignatures",
+        "Which rules fired most often, the most frequent first; of the last day unless asked otherwise.",
+        _count_signatures,
+        {200: SignatureCounts},
+        query=SignatureQuery,
     ),
     Route(
         "GET",

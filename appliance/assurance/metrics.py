@@ -44,6 +44,11 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_lane_bfd_up": Spec(
         "gauge", ("lane",), "1 while BFD passes through the lane's engine."
     ),
+    "hairpin_lane_packet_threads": Spec(
+        "gauge",
+        ("lane", "placed"),
+        "Packet threads of the engine, as seen: pinned (each on a core of its own) or shared.",
+    ),
     "hairpin_lane_rules_loaded": Spec("gauge", ("lane",), "Rules that the engine has loaded."),
     "hairpin_lane_engine_restarts_total": Spec(
         "counter", ("lane",), "Restarts of the engine after an exit or a hang."
@@ -290,6 +295,8 @@ SHORTCUT_EVENTS = (
 
 def _find_engines(snapshot: Snapshot) -> Iterable[Sample]:
     for lane in snapshot.inspection.lanes if snapshot.inspection else ():
+        placed = "pinned" if lane.placement.pinned else "shared"
+        yield "hairpin_lane_packet_threads", (lane.name, placed), lane.placement.threads
         yield "hairpin_lane_engine_restarts_total", (lane.name,), lane.restarts
         yield "hairpin_lane_super_packets", (lane.name, str(lane.super_packets.state)), 1
         yield "hairpin_lane_largest_packet_bytes", (lane.name,), lane.super_packets.largest

@@ -169,6 +169,10 @@ def show_alerts(
     ] = None,
     sid: options.Sid = None,
     cve: options.Cve = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="Only with this in signature, URL or payload."),
+    ] = None,
     limit: options.Limit = 100,
     cursor: options.Cursor = None,
     json: options.Json = False,
@@ -187,6 +191,7 @@ def show_alerts(
         "verdict": verdict,
         "sid": sid,
         "cve": cve,
+        "text": text,
     }
     if follow and (cursor is not None or alert_id is not None):
         raise WrongInput([FieldError("--follow", "takes neither --cursor nor --id")])

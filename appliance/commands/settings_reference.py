@@ -59,6 +59,8 @@ inspection:
   dialect: auto
   requireHyperscan: true
   superPackets: true
+  pinned: true
+  nice: -10
   eveLimitBytes: 268435456
 canary:
   interface: hairpin-canary
@@ -83,6 +85,12 @@ export:
     caFile: /etc/hairpin/siem-ca.pem
     certFile: /etc/hairpin/siem-client.pem
     keyFile: /etc/hairpin/siem-client.key
+store:
+  keepDays: 90
+  keepBytes: 21474836480
+  keepFlowRecords: 5000000
+  partitionAlerts: 1000000
+  partitionHours: 24
 visibility:
   device: mirror0
   netns: null

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import jinja2
 
+from appliance.inspection.placement import LanePlacement
 from appliance.paths import find_engine_data
 from appliance.settings import Settings
 from steering.errors import FieldError, WrongInput
@@ -112,16 +113,23 @@ class EngineConfig:
     hyperscan: bool = True
     memory: Memory = field(default_factory=Memory)
     http: HttpLimits = field(default_factory=HttpLimits)
+    placement: LanePlacement | None = None
 
 
-def build_engine_config(settings: Settings, lane: Lane) -> EngineConfig:
-    """The configuration of a lane's engine. A host without Hyperscan gets it only where that is allowed."""
+def build_engine_config(
+    settings: Settings, lane: Lane, placement: LanePlacement | None = None
+) -> EngineConfig:
+    """The configuration of a lane's engine. A host without Hyperscan gets it only where that is allowed.
+
+    ``placement``: where its threads run; None for one that only tests rules.
+    """
     return EngineConfig(
         lane=lane,
         directory=settings.lane_dir(lane).absolute(),
         ruleset=settings.ruleset(lane).absolute(),
         socket=settings.engine_socket(lane).absolute(),
         hyperscan=settings.inspection.require_hyperscan,
+        placement=placement,
     )
 
 
@@ -171,6 +179,8 @@ def render_engine_config(config: EngineConfig, data: Path | None = None) -> str:
         address_groups=ADDRESS_GROUPS,
         port_groups=PORT_GROUPS,
         protocols=PROTOCOLS,
+        cores=config.placement.cores if config.placement else (),
+        other_cores=config.placement.others if config.placement else (),
         matcher="hs" if config.hyperscan else "auto",
         memory=config.memory,
         http=config.http,

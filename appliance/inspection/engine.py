@@ -85,6 +85,14 @@ def find_matcher_fault(log: str) -> str | None:
     return None
 
 
+def render_urgency(nice: int) -> tuple[str, ...]:
+    """What comes before a command to make it urgent, before privileges are given up.
+
+    Where that is not allowed, nice(1) says so and goes on.
+    """
+    return ("nice", "-n", str(nice)) if nice else ()
+
+
 def render_privileges(user: str) -> tuple[str, ...]:
     """The start of a command that runs as `user` with CAP_NET_ADMIN alone, and never more (setpriv(1)).
 

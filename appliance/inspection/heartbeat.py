@@ -3,7 +3,8 @@
 An engine that loads rules does not answer its command socket for seconds, but burns processor time;
 one that hangs or was stopped does neither. So silence alone condemns only after a long time, silence
 of an idle engine after a short one. Packets that wait while the engine idles are silence, too, and so
-are packets that are queued while the engine, busy or not, counts none.
+are packets that are queued while the engine, busy or not, counts none. Of several packet threads one
+may hang alone, so each queue is looked at by itself, too.
 """
 
 from __future__ import annotations
@@ -24,10 +25,20 @@ BACKOFF_LIMIT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
+class QueueBeat:
+    """One queue at one moment: packets that wait for a verdict, and packets that were given one."""
+
+    number: int
+    waiting: int
+    given_back: int
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """An engine at one moment. `at` and `cpu` are in seconds (monotonic, processor time).
 
     `queued`: packets that its queues were given, `taken`: those that it says it took; None: not known.
+    `queues`: each by itself, where it has several.
     """
 
     at: float
@@ -36,6 +47,7 @@ class Beat:
     cpu: float
     queued: int = 0
     taken: int | None = None
+    queues: tuple[QueueBeat, ...] = ()
 
     @property
     def given_back(self) -> int:
@@ -65,7 +77,7 @@ def find_hang(beats: Sequence[Beat]) -> str | None:
         lasted = now.at - first.at
         if lasted >= SILENT_LIMIT and now.cpu - first.cpu < IDLE_SHARE * lasted:
             return f"the engine {what} for {lasted:.1f} s and did nothing"
-    if reason := _find_stall(beats):
+    if reason := _find_stall(beats) or _find_stuck_queue(beats):
         return reason
     if silent and now.at - silent[0].at >= BUSY_LIMIT:
         return f"the engine did not answer for {now.at - silent[0].at:.0f} s"
@@ -85,6 +97,29 @@ def _find_stall(beats: Sequence[Beat]) -> str | None:
         return None
     queued = now.queued - same[0].queued
     return f"the engine counted no packet for {lasted:.1f} s while {queued} were queued"
+
+
+def _find_stuck_queue(beats: Sequence[Beat]) -> str | None:
+    """One of several queues whose packets wait while the others' go on: its thread does nothing."""
+    now = beats[-1]
+    if len(now.queues) < 2:
+        return None
+    for queue in now.queues:
+
+        def holds(beat: Beat, same: QueueBeat = queue) -> bool:
+            # A queue that was bound anew counts from 0 again: another `given_back`, another run.
+            return any(
+                one.number == same.number and one.waiting and one.given_back == same.given_back
+                for one in beat.queues
+            )
+
+        alike = _trailing(beats, holds)
+        if alike and (lasted := now.at - alike[0].at) >= STALLED_LIMIT:
+            return (
+                f"queue {queue.number} gave no packet back for {lasted:.1f} s "
+                f"while {queue.waiting} waited"
+            )
+    return None
 
 
 def _trailing(beats: Sequence[Beat], holds: Callable[[Beat], bool]) -> Sequence[Beat]:

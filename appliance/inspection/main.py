@@ -27,6 +27,8 @@ from appliance.inspection.netfilter import (
     find_dialect,
     read_queue_counters,
 )
+from appliance.inspection.placement import find_placement
+from appliance.inspection.process import read_cores
 from appliance.inspection.publish import InspectionState, write_inspection_state
 from appliance.inspection.queueing import check_queues
 from appliance.inspection.supervisor import LaneSupervisor
@@ -71,8 +73,15 @@ class Inspection:
         self.netfilter = netfilter
         self.faults = FaultBook()
         self._changed = asyncio.Event()
+        placements = find_placement(
+            read_cores(),
+            {lane.name: len(lane.queues) for lane in self.lanes},
+            pinned=settings.inspection.pinned,
+            nice=settings.inspection.nice,
+        )
         self.supervisors = tuple(
-            LaneSupervisor(settings, lane, facts, owner, self._changed.set) for lane in self.lanes
+            LaneSupervisor(settings, lane, facts, owner, self._changed.set, placements[lane.name])
+            for lane in self.lanes
         )
 
     async def write_network(self) -> None:

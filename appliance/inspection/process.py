@@ -21,6 +21,7 @@ import psutil
 import structlog
 from pydantic import BaseModel, ValidationError
 
+from appliance.inspection.placement import Cores, ThreadSight
 from appliance.inspection.publish import write_atomically
 from steering.errors import CommandFailed
 
@@ -60,6 +61,43 @@ def _read_stat(pid: int) -> tuple[str, float, int] | None:
         return parse_stat(Path(f"/proc/{pid}/stat").read_text())
     except (OSError, ValueError):
         return None
+
+
+def read_cores() -> Cores:
+    """Of this machine, and of this process: what it starts may use the same."""
+    usable = tuple(sorted(os.sched_getaffinity(0)))
+    return Cores(max(os.cpu_count() or 1, len(usable)), usable)
+
+
+def read_threads(pid: int) -> tuple[ThreadSight, ...]:
+    """The threads of a process, by /proc/PID/task; those that end meanwhile are left out."""
+    found = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("[0-9]*")):
+        with contextlib.suppress(OSError):
+            number = int(task.name)
+            name = (task / "comm").read_text().strip()
+            cores = tuple(sorted(os.sched_getaffinity(number)))
+            found.append(ThreadSight(name, cores, os.getpriority(os.PRIO_PROCESS, number)))
+    return tuple(found)
+
+
+def write_group_nice(pid: int, nice: int) -> str:
+    """Give the process's session a niceness among sessions (sched(7), the autogroup feature); why not, or "".
+
+    Where the kernel groups sessions, a thread's own niceness counts only among its session's threads, and an
+    engine has a session of its own.
+    """
+    path = Path(f"/proc/{pid}/autogroup")
+    try:
+        present = path.read_text().split()
+        # Read first: to write takes locks of the whole scheduler.
+        if present[:1] and present[0].startswith("/autogroup-") and present[-1] != str(nice):
+            path.write_text(str(nice))
+    except FileNotFoundError:
+        return ""
+    except OSError as fault:
+        return f"its session's niceness can't be set: {fault.strerror}"
+    return ""
 
 
 class EngineProcess:

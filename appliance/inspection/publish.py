@@ -31,6 +31,19 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class Placement(_Value):
+    """How an engine's packet threads are placed, as seen: how many, each one's cores, how urgent.
+
+    ``reason``: why they have no cores of their own.
+    """
+
+    threads: int = 0
+    cores: tuple[tuple[int, ...], ...] = ()
+    nice: int | None = None
+    pinned: bool = False
+    reason: str = "nothing is known of the engine yet"
+
+
 class SuperPacketState(StrEnum):
     """`on`: packets above 1,500 bytes were seen by the engine; `ready`: it takes them, none came yet;
     `off`: it does not, for a reason that is told."""
@@ -152,6 +165,7 @@ class LaneState(_Value):
     restarts: int = 0
     version: str = ""
     hyperscan: bool = False
+    placement: Placement = Placement()
     super_packets: SuperPackets = SuperPackets()
     shortcut: Shortcut = Shortcut()
     rules_loaded: int = 0

@@ -21,16 +21,20 @@ from appliance.inspection import engine, files, heartbeat
 from appliance.inspection.counters import build_lane_counters, build_queue_states
 from appliance.inspection.faults import FaultBook
 from appliance.inspection.netfilter import FrameSample, QueueCounters
+from appliance.inspection.placement import LanePlacement, build_placement, find_placement_faults
 from appliance.inspection.process import (
     EngineProcess,
     adopt_engine,
+    read_threads,
     start_engine,
+    write_group_nice,
     write_record,
 )
 from appliance.inspection.publish import (
     EngineCounters,
     EngineState,
     LaneState,
+    Placement,
     write_atomically,
 )
 from appliance.inspection.rulesets import Ruleset, Rulesets
@@ -53,6 +57,8 @@ START_LIMIT = 300.0
 TEST_LIMIT = 300.0
 STOP_GRACE = 8.0
 BEAT = 1.0
+PLACEMENT_PERIOD = 10.0
+"""Seconds between two looks at an engine's threads."""
 LOST_TOLD_SECONDS = 600.0
 """Seconds after the last EVE file that was deleted unread, until that no longer is a present fault."""
 
@@ -92,8 +98,10 @@ class LaneSupervisor:
         facts: engine.EngineFacts,
         owner: files.Owner,
         on_change: Callable[[], None],
+        placement: LanePlacement,
     ) -> None:
         self.settings = settings
+        self.placement = placement
         self.lane = lane
         self.facts = facts
         self.owner = owner
@@ -123,6 +131,8 @@ class LaneSupervisor:
         self._library = find_queue_library() if wanted else None
         self.shortcut = LaneShortcut(settings, lane, owner)
         self._start_log = ""
+        self._placed = Placement()
+        self._placed_at = -PLACEMENT_PERIOD
 
     def build_state(
         self, now: float, counters: Sequence[QueueCounters], frames: FrameSample | None
@@ -138,6 +148,7 @@ class LaneSupervisor:
             adopted=self._engine is not None and self._engine.adopted,
             restarts=self._restarts,
             version=self.facts.text,
+            placement=self._placed,
             hyperscan=self.facts.hyperscan and self._matcher_fault is None,
             super_packets=find_super_packets(
                 wanted=self.settings.inspection.super_packets,
@@ -228,7 +239,7 @@ class LaneSupervisor:
         files.write_lane_directory(self.paths.directory, self.owner)
         self.shortcut.write()
         self.paths.record.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        config = engine_config.build_engine_config(self.settings, self.lane)
+        config = engine_config.build_engine_config(self.settings, self.lane, self.placement)
         text = engine_config.render_engine_config(config)
         argv = self._render_start()
         whole = "\0".join((text, *argv, self.facts.text))
@@ -238,7 +249,8 @@ class LaneSupervisor:
         write_atomically(self.paths.config, text, 0o644)
 
     def _render_start(self) -> tuple[str, ...]:
-        return engine.render_start(
+        urgency = engine.render_urgency(self.placement.nice)
+        return urgency + engine.render_start(
             self.settings.inspection.suricata,
             self.settings.inspection.user,
             self.lane,
@@ -360,7 +372,7 @@ class LaneSupervisor:
                 self.log.info("configuration changed, engine replaced", pid=process.pid)
                 await self._drop_engine()
                 return
-            await self._tend()
+            await self._tend(process)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.gone.wait(), BEAT)
         self._note_exit(process)
@@ -401,6 +413,11 @@ class LaneSupervisor:
             answered=answered,
             waiting=sum(seen.waiting for seen in counters if seen.number in self.lane.queues),
             cpu=0.0 if sight is None else sight.cpu,
+            queues=tuple(
+                heartbeat.QueueBeat(seen.number, seen.waiting, seen.packets - seen.waiting)
+                for seen in counters
+                if seen.number in self.lane.queues
+            ),
             queued=sum(
                 seen.packets + seen.dropped for seen in counters if seen.number in self.lane.queues
             ),
@@ -456,9 +473,10 @@ class LaneSupervisor:
             self.faults.mend(kind, time.time())
         self._on_change()
 
-    async def _tend(self) -> None:
+    async def _tend(self, process: EngineProcess) -> None:
         """Bound the files that grow, and see what is mended."""
         await self._look_for_rules()
+        self._look_at_threads(process)
         files.trim_log(self.paths.log)
         rotated = files.rotate_eve(self.paths.eve, self.settings.inspection.eve_limit_bytes)
         if rotated or not self.paths.eve.exists():
@@ -472,6 +490,29 @@ class LaneSupervisor:
             self._lost_at = time.monotonic()
         elif time.monotonic() - self._lost_at > LOST_TOLD_SECONDS:
             self.faults.mend("events lost", time.time())
+
+    def _look_at_threads(self, process: EngineProcess) -> None:
+        """Read back where the threads run. A wrong place costs speed, not inspection: it is told, no more."""
+        if (
+            self._state is not EngineState.RUNNING
+            or time.monotonic() - self._placed_at < PLACEMENT_PERIOD
+        ):
+            return
+        self._placed_at = time.monotonic()
+        refused = write_group_nice(process.pid, self.placement.nice)
+        seen = read_threads(process.pid)
+        self._placed = build_placement(self.placement, seen)
+        faults = [*find_placement_faults(self.placement, seen), *filter(None, [refused])]
+        if faults:
+            mend = (
+                "the lane inspects all the same; see what limits this process (cores, CAP_SYS_NICE), or set "
+                "inspection.pinned to false or inspection.nice to 0"
+            )
+            self._note(
+                "placement", f"the engine is not placed as it should be: {'; '.join(faults)}", mend
+            )
+        else:
+            self.faults.mend("placement", time.time())
 
     async def _reopen_logs(self) -> None:
         try:

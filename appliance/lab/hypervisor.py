@@ -11,6 +11,9 @@ import signal
 import time
 from pathlib import Path
 
+import structlog
+
+from appliance.inspection.process import write_group_nice
 from appliance.lab import processes
 from appliance.lab.plan import (
     BRIDGE,
@@ -28,10 +31,14 @@ from appliance.lab.store import write_state
 from steering.errors import CommandFailed, HairpinError
 from steering.run import run
 
+log = structlog.get_logger("lab.hypervisor")
+
 OVSDB_SERVER = "ovsdb-server"
 VSWITCHD = "ovs-vswitchd"
 SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
 GROUP = "hairpin"
+NICE = -10
+"""What ovs-ctl gives both of the switch's programs (OVSDB_SERVER_PRIORITY, OVS_VSWITCHD_PRIORITY)."""
 # OVS gives its sockets to owner and group; with this umask the database and logs as well.
 UMASK = 0o007
 
@@ -63,12 +70,15 @@ def _start(state: LabState, role: str, argv: list[str]) -> LabState:
     log_file = state.log_dir / f"{role}.log"
     setpriv = ["setpriv", "--regid", GROUP, "--clear-groups", "--"]
     pid, started = processes.start_process(
-        ["ip", "netns", "exec", state.hypervisor, *setpriv, *argv],
+        ["ip", "netns", "exec", state.hypervisor, "nice", "-n", str(NICE), *setpriv, *argv],
         lab=state.name,
         log_file=log_file,
         env=build_env(state),
         umask=UMASK,
     )
+    # Its session is one of its own here; under systemd a unit's is, too.
+    if refused := write_group_nice(pid, NICE):
+        log.warning("the switch is not as urgent as in production", role=role, reason=refused)
     return write_state(state.with_process(ProcessRecord(role, pid, started, str(log_file))))
 
 

@@ -32,6 +32,9 @@ class Knowledge:
 
     def __init__(self, holdings: Mapping[str, tuple[Holding, ...]] | None = None) -> None:
         self._snapshots: tuple[Snapshot, ...] = (Snapshot(0.0),)
+        self._contexts: dict[
+            str, tuple[Snapshot, Mapping[str, tuple[Holding, ...]], Lane, Context]
+        ] = {}
         self._holdings: Mapping[str, tuple[Holding, ...]] = MappingProxyType(dict(holdings or {}))
 
     @property
@@ -91,15 +94,24 @@ class Knowledge:
     def find_context(self, lane: Lane, at: float) -> Context:
         """What was known of a lane's VMs and policies at ``at`` (seconds since the epoch)."""
         snapshots = self._snapshots
-        index = bisect_right(snapshots, at, key=lambda snapshot: snapshot.at) - 1
-        snapshot = snapshots[max(index, 0)]
+        snapshot = snapshots[-1]
+        if at < snapshot.at:
+            index = bisect_right(snapshots, at, key=lambda snapshot: snapshot.at) - 1
+            snapshot = snapshots[max(index, 0)]
         if not snapshot.machines:
             # Before this process saw the switch: the first thing it saw is the best there is.
             snapshot = next((s for s in snapshots if s.machines), snapshot)
-        return Context(
+        holdings = self._holdings
+        last = self._contexts.get(lane.name)
+        if last is not None and last[0] is snapshot and last[1] is holdings and last[2] == lane:
+            return last[3]
+        context = Context(
             machines=snapshot.machines,
             policies=snapshot.policies,
             revision=snapshot.revision or None,
             lane=lane,
-            holdings=self._holdings,
+            holdings=holdings,
         )
+        # Of alerts in a row most have the same: whoever remembers what it told of one knows it again.
+        self._contexts[lane.name] = (snapshot, holdings, lane, context)
+        return context

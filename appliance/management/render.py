@@ -9,7 +9,7 @@ from typing import Any
 from appliance.alerts.model import Alert as StoredAlert
 from appliance.alerts.model import Endpoint as StoredEndpoint
 from appliance.alerts.model import Event as StoredEvent
-from appliance.alerts.model import FlowRecord
+from appliance.alerts.model import FlowRecord, SignatureCount
 from appliance.api import coverage as cover
 from appliance.api import documents as doc
 from appliance.rules.model import ProfileState, RuleInfo
@@ -333,6 +333,27 @@ def _build_alert_fields(alert: StoredAlert) -> dict[str, Any]:
 
 def build_alert(alert: StoredAlert) -> doc.Alert:
     return doc.Alert(**_build_alert_fields(alert))
+
+
+def build_signature_counts(
+    since: float, until: float, counted: Sequence[SignatureCount]
+) -> doc.SignatureCounts:
+    return doc.SignatureCounts(
+        since=doc.build_time(since),
+        until=doc.build_time(until),
+        items=tuple(
+            doc.SignatureCount(
+                sid=one.sid,
+                gid=one.gid,
+                revision=one.rev,
+                message=one.text,
+                severity=one.severity,
+                alerts=one.alerts,
+                blocked=one.blocked,
+            )
+            for one in counted
+        ),
+    )
 
 
 def build_alert_detail(alert: StoredAlert) -> doc.AlertDetail:

@@ -530,6 +530,15 @@ class Management:
             raise NotFound(f"no alert {alert_id}", "`hairpin alerts` lists those that are stored")
         return render.build_alert_detail(alert)
 
+    async def count_signatures(self, query: ask.SignatureQuery) -> doc.SignatureCounts:
+        now = time.time()
+        until = read_seconds(query.until) or now
+        since = read_seconds(query.since)
+        since = until - 86_400 if since is None else since
+        counted = await stored.find_top_signatures(self._store, since, until, limit=query.limit)
+        first, end = stored.find_hours(since, until)
+        return render.build_signature_counts(first * 3600, end * 3600, counted)
+
     async def read_alerts_after(
         self, after: int | None, wanted: ask.AlertFilter, limit: int
     ) -> AlertBatch:
@@ -584,6 +593,7 @@ def _build_alert_filter(query: ask.AlertFilter) -> stored.AlertFilter:
         verdict=Verdict(query.verdict) if query.verdict else None,
         signature=query.sid,
         cve=query.cve,
+        text=query.text,
         since=read_seconds(query.since),
         until=read_seconds(query.until),
     )

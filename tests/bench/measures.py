@@ -9,6 +9,7 @@ from tests.bench.policy import measure_flows, measure_policy
 from tests.bench.rows import Path, Round, Row, build_row, check, find_cpu_ratio, find_median
 from tests.bench.shortcut import measure_mix, measure_shortcut
 from tests.bench.stage import TARGETS, Stage
+from tests.bench.store import measure_alerts, measure_ingest
 from tests.bench.traffic import (
     find_quantile,
     is_blocked,
@@ -211,4 +212,6 @@ GROUPS = (
     ),
     Group("flows", "flows for a 200 x 200 policy", alone=measure_flows),
     Group("policy", "policy change to first packet steered", alone=measure_policy),
+    Group("ingest", "EVE events into the store", alone=measure_ingest),
+    Group("alerts", "10 million alerts: questions and retention", alone=measure_alerts),
 )

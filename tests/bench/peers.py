@@ -3,7 +3,7 @@
 Both run the same engine, by the product's own configuration and rules, and get their traffic by two flows.
 *Stock NFQUEUE*: the same bridge and queue, without super-packets: the kernel cuts packets before the queue.
 *AF_PACKET IPS*: the engine copies frames between two ports itself, as Antrea's L7 engine is configured; it
-needs offloads off at its ports.
+needs offloads off at its ports. Both are as urgent as the product's engine, and placed by the same function.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any
 import yaml
 
 from appliance.inspection.config import build_engine_config, render_engine_config
+from appliance.inspection.placement import find_placement
+from appliance.inspection.process import read_cores, write_group_nice
 from appliance.lab import LabState
 from appliance.lab.hypervisor import widen_sockets
 from appliance.lab.plan import VM_MTU
 from appliance.settings import Settings, parse_settings
+from steering.errors import HairpinError
 from steering.run import run
 from tests.support.inspection_lane import LaneLab, wait_for
 
@@ -164,22 +167,27 @@ class AfPacketPeer:
         ruleset = run_dir / "suricata.rules"
         ruleset.write_text(rules)
         lane = self.settings.build_lanes()[0]
+        # As urgent as the product's engine, and its two threads placed as the product's would be.
+        placement = find_placement(read_cores(), {lane.name: len(LEGS)})[lane.name]
         config = replace(
-            build_engine_config(self.settings, lane),
+            build_engine_config(self.settings, lane, placement),
             directory=run_dir,
             ruleset=ruleset,
             socket=run_dir / "command.socket",
         )
         path, log = run_dir / "suricata.yaml", run_dir / "engine.log"
         path.write_text(render_engine_config(config) + render_af_packet(self.ports))
-        inside = ["ip", "netns", "exec", self.ports.netns]
+        inside = ["ip", "netns", "exec", self.ports.netns, "nice", "-n", str(placement.nice)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*inside, "/usr/bin/suricata", "-c", str(path), "-v", "--af-packet"],
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
+        if refused := write_group_nice(self.process.pid, placement.nice):
+            raise HairpinError(f"the AF_PACKET engine is not as urgent as the others: {refused}")
         wait_for(lambda: b"Engine started" in log.read_bytes(), seconds)
 
     def stop(self) -> None:

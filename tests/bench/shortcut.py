@@ -146,7 +146,7 @@ def build_mix(elephants: int, seed: int = 7) -> Mix:
 
 def find_taken(appliance: Appliance) -> int:
     """Packets that went uninspected by shortcuts, all together, as the switch counts them."""
-    lines = appliance.ofctl("dump-flows", "br-int", "table=26").splitlines()
+    lines = appliance.ofctl("dump-flows", "table=26").splitlines()
     return sum(
         int(line.split("n_packets=")[1].split(",")[0]) for line in lines if "priority=200" in line
     )

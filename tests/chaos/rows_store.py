@@ -16,36 +16,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sqlite_utils import Database
-
 from appliance.lab import LabState
 from steering.run import run
 from tests.chaos.meter import compare_numbers
 from tests.chaos.registry import EVENTS_GOAL, Row, check, fault
 from tests.chaos.rows_control import claim_events, tell_events
 from tests.chaos.stage import Stage, expect
+from tests.support.alerts import check_stores, read_stored
 from tests.support.lab import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TMPFS_BYTES = 24 * 2**20
 
 
-def read_integrity(database: Path) -> str:
-    """What `PRAGMA integrity_check` says, `ok` if all is well."""
-    db = Database(database)
-    try:
-        return "; ".join(str(row[0]) for row in db.execute("PRAGMA integrity_check").fetchall())
-    finally:
-        db.close()
-
-
-def _read_stored(database: Path) -> Counter[tuple[int, str]]:
-    db = Database(database)
-    try:
-        rows = db.query("SELECT flow_id, community_id FROM alerts")
-        return Counter((row["flow_id"], row["community_id"]) for row in rows)
-    finally:
-        db.close()
+def _count_stored(database: Path) -> Counter[tuple[int | None, str | None]]:
+    return Counter((event.flow_id, event.community_id) for event in read_stored(database))
 
 
 def _start(*arguments: str | Path) -> subprocess.Popen[bytes]:
@@ -60,9 +45,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def _wait_stored(database: Path, last: int) -> bool:
     def newest() -> int:
-        with contextlib.closing(Database(database)) as db:
-            found = db.execute("SELECT coalesce(max(flow_id), 0) FROM alerts").fetchone()
-            return int(found[0])
+        return max((event.flow_id or 0 for event in read_stored(database)), default=0)
 
     return wait_until(lambda: newest() >= last, 120)
 
@@ -84,7 +67,7 @@ def _kill_store(stage: Stage, name: str, times: int) -> Iterable[Row]:
             time.sleep(random.uniform(0.3, 1.1))
             broken += reader.poll() is not None
             _kill(reader)
-            if (said := read_integrity(database)) != "ok":
+            if (said := check_stores(database)) != "ok":
                 faults.append(f"after kill {number + 1}: {said}")
             reader = _start("ingest", directory / "lane", database)
         _kill(writer)
@@ -95,7 +78,7 @@ def _kill_store(stage: Stage, name: str, times: int) -> Iterable[Row]:
         for process in (writer, reader):
             process.send_signal(signal.SIGCONT)
             _kill(process)
-    stored = _read_stored(database)
+    stored = _count_stored(database)
     doubled = [event for event, count in stored.items() if count > 1]
     tally = compare_numbers(range(1, last + 1), {number for number, _ in stored})
     figures = {
@@ -148,7 +131,7 @@ def rotate_in_burst(stage: Stage) -> Iterable[Row]:
     )
     lane = stage.lab.run_dir / "lanes/prevent"
     wait_until(lambda: len(list(lane.glob("eve.json.*"))) <= 1, 10)
-    integrity = read_integrity(stage.lab.state_dir / "hairpin.db")
+    integrity = check_stores(stage.lab.state_dir / "hairpin.db")
     figures = {
         "rotated": count_drained(stage) - rotated,
         **tell_events(tally),
@@ -226,7 +209,7 @@ def _measure_full(own: Stage, name: str, directory: Path) -> Iterable[Row]:
     (counted,) = meter.traffic.find("closed", "counted")
     sent = counted.sent
     during = [n for n in tally.lost if struck - 0.5 <= sent[n] <= freed + 0.5]
-    integrity = read_integrity(own.lab.state_dir / "hairpin.db")
+    integrity = check_stores(own.lab.state_dir / "hairpin.db")
     for mode in ("closed", "open"):
         figures = meter.traffic.build_figures(mode) | {
             **tell_events(tally),

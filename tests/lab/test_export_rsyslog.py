@@ -16,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from appliance.alerts.eve import parse_event
+from appliance.alerts.model import EveAlert
 from appliance.export.exporter import Exporter
 from appliance.settings import SyslogExport
+from tests.support.eve import render_eve
 from tests.support.export import Alerts
 from tests.support.waiting import wait_until
 
@@ -259,10 +262,10 @@ async def test_the_longest_message_passes_rsyslog_whole(tmp_path: Path, alerts: 
     rsyslog = Rsyslog(tmp_path)
     rsyslog.start()
     settings = SyslogExport(name="siem", transport="tcp", host="127.0.0.1", port=rsyslog.port)
-    long = json.dumps({"event_type": "alert", "alert": {}, "x": "y" * 7100})
+    long = parse_event(render_eve(x="y" * 6200))
+    assert isinstance(long, EveAlert)
     try:
-        await alerts.add(1)
-        await alerts.store.write(lambda db: db.execute("UPDATE alerts SET raw = ?", (long,)))
+        await alerts.add(1, long)
         async with exporting(alerts, settings, settle=0.1) as exporter:
             await wait_until(lambda: exporter.status().delivered_id == 1)
             await wait_until(rsyslog.read)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from appliance.alerts.attribute import Context
 from appliance.alerts.ingest import Ingest
+from appliance.alerts.partitions import Limits
 from appliance.alerts.store import Store
 from steering.decide import decide
 from steering.model import Lane, PolicySet
@@ -57,7 +58,8 @@ def find_context(lane: Lane, at: float) -> Context:
 
 
 async def ingest(directory: Path, database: Path) -> None:
-    store = Store(database)
+    # Small partitions, so that kills meet their ends and beginnings, too.
+    store = Store(database, Limits(alerts=2000))
     await Ingest(
         store,
         {LANES[0]: directory / "eve.json"},

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from sqlite_utils import Database
-
 from appliance.alerts.attribute import Attributed
 from appliance.alerts.eve import parse_event
 from appliance.alerts.model import Endpoint, EveAlert, Opener
-from appliance.alerts.rows import build_alert_row, insert_sql
 from appliance.alerts.store import Store
+from tests.support.alerts import store_alerts
 from tests.support.eve import render_eve
 from tests.support.worlds import LANES
 
@@ -36,13 +34,9 @@ class Alerts:
         assert isinstance(event, EveAlert)
         self._event = event
 
-    async def add(self, count: int) -> None:
-        def insert(db: Database) -> None:
-            for number in range(self.latest, self.latest + count):
-                row = build_alert_row(self._event, ATTRIBUTED, LANES[0], 5.0, (1, number, 0))
-                db.execute(insert_sql("alerts", row), row)
-
-        await self.store.write(insert)
+    async def add(self, count: int, event: EveAlert | None = None) -> None:
+        stored = [(event or self._event, ATTRIBUTED, LANES[0])] * count
+        await self.store.write_alerts(lambda write: store_alerts(write, stored))
         async with self._condition:
             self.latest += count
             self._condition.notify_all()

@@ -60,6 +60,8 @@ from appliance.api.documents import (
     RulePage,
     RulesStatus,
     Signature,
+    SignatureCount,
+    SignatureCounts,
     UpdateJob,
     Vm,
     VmAddress,
@@ -88,6 +90,7 @@ from appliance.api.queries import (
     RuleQuery,
     ShortcutFilter,
     ShortcutQuery,
+    SignatureQuery,
 )
 from appliance.api.shortcuts import (
     ShortcutAccount,
@@ -504,6 +507,11 @@ class FakeControl:
         return AlertPage(
             items=tuple(page), next=str(page[-1].id) if len(found) > len(page) else None
         )
+
+    async def count_signatures(self, query: SignatureQuery) -> SignatureCounts:
+        self._check()
+        counted = SignatureCount(sid=1, message="jndi", severity=1, alerts=2, blocked=2)
+        return SignatureCounts(since=START, until=START, items=(counted,)[: query.limit])
 
     async def find_alert(self, alert_id: int) -> AlertDetail:
         self._check()

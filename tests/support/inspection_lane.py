@@ -275,7 +275,7 @@ def make_namespaces() -> None:
 
 
 @contextlib.contextmanager
-def open_lane() -> Iterator[LaneLab]:
+def open_lane(queues: tuple[int, ...] = (7,)) -> Iterator[LaneLab]:
     """A lane with nothing but its supervisor: no ruleset yet."""
     # Not pytest's own directories: they are closed to the engine's user.
     directory = Path(tempfile.mkdtemp(prefix="hairpin-lane-"))
@@ -287,7 +287,7 @@ def open_lane() -> Iterator[LaneLab]:
         lanes:
           - profile: prevent
             vlan: {VLAN}
-            queues: [7]
+            queues: {list(queues)}
             legA: {{interface: leg0, device: legA}}
             legB: {{interface: leg1, device: legB}}
         """

@@ -20,8 +20,8 @@ from appliance.alerts.eve import (
     shrink_event,
     split_torn,
 )
-from appliance.alerts.ingest import parse_line
 from appliance.alerts.model import EveAlert, Malformed, Opener, Verdict
+from appliance.alerts.quick import Sighting, parse_line
 from steering.model import Family
 from tests.support.eve import build_eve, render_eve
 
@@ -164,14 +164,14 @@ def test_an_event_behind_a_torn_one_is_found() -> None:
     assert split_torn(torn + whole) == (torn, whole)
     fault, alert = parse_line(torn + whole)
     assert isinstance(fault, Malformed)
-    assert isinstance(alert, EveAlert)
+    assert isinstance(alert, Sighting)
     assert alert.source_port == 41000
 
 
 def test_an_event_that_lacks_only_its_newline_is_kept() -> None:
     first, second = parse_line(render_eve(src_port=1) + render_eve(src_port=2))
-    assert isinstance(first, EveAlert)
-    assert isinstance(second, EveAlert)
+    assert isinstance(first, Sighting)
+    assert isinstance(second, Sighting)
     assert (first.source_port, second.source_port) == (1, 2)
 
 

@@ -252,12 +252,12 @@ async def test_a_bookmark_that_cannot_be_stored_takes_its_alerts_with_it(
         "CREATE TRIGGER refuse BEFORE INSERT ON bookmarks WHEN new.offset > 0"
         " BEGIN SELECT RAISE(ABORT, 'refused'); END"
     )
-    await store.write(lambda db: db.execute(refuse))
+    await store.write_alerts(lambda write: write.db.execute(refuse))
     append(live, 1, 2, 3)
     async with running(store, live) as ingest:
         await wait_until(lambda: "refused" in ingest.status()[0].fault)
         assert await read_all(store) == []
-        await store.write(lambda db: db.execute("DROP TRIGGER refuse"))
+        await store.write_alerts(lambda write: write.db.execute("DROP TRIGGER refuse"))
         assert ports(await wait_for(store, 3)) == [1, 2, 3]
 
 
@@ -278,15 +278,20 @@ async def test_a_file_that_cannot_be_read_is_a_fault_and_the_others_go_on(
     assert kinds == {"ingest.fault", "ingest.recovered"}
 
 
+async def limit_pages(store: Store, pages: int) -> None:
+    pragma = f"PRAGMA max_page_count = {pages}"
+    await store.write_alerts(lambda write: write.db.execute(pragma).fetchall())
+
+
 async def test_a_full_disk_delays_alerts_and_loses_none(store: Store, live: Path) -> None:
     append(live, 1)
     async with running(store, live) as ingest:
         await wait_for(store, 1)
-        await store.write(lambda db: db.execute("PRAGMA max_page_count = 60").fetchall())
+        await limit_pages(store, 40)
         append(live, *range(2, 802))
         await wait_until(lambda: "full" in ingest.status()[0].fault)
         assert len(await read_all(store)) < 801
-        await store.write(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchall())
+        await limit_pages(store, 1_000_000)
         assert ports(await wait_for(store, 801)) == list(range(1, 802))
         await wait_until(lambda: not ingest.status()[0].fault)
     assert (await find_events(store, EventFilter(kind="ingest.recovered"))).items
@@ -375,10 +380,10 @@ async def test_the_store_going_away_is_a_fault_not_an_end(tmp_path: Path, live: 
     class Broken(Store):
         broken = True
 
-        async def write(self, change: Any) -> Any:
+        async def write_alerts(self, change: Any) -> Any:
             if self.broken:
                 raise StoreError("disk I/O error")
-            return await super().write(change)
+            return await super().write_alerts(change)
 
     store = Broken(tmp_path / "hairpin.db")
     append(live, 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from appliance.alerts.history import (
     record_revision,
 )
 from appliance.alerts.model import Alert, Endpoint, EveAlert, FlowRecord, Opener, Verdict
+from appliance.alerts.partitions import Limits
 from appliance.alerts.query import (
     AlertFilter,
     EventFilter,
@@ -43,11 +45,11 @@ from appliance.alerts.query import (
     find_latest_alert_id,
     summarise_flows,
 )
-from appliance.alerts.rows import build_alert_row, insert_sql
 from appliance.alerts.schema import migrations
 from appliance.alerts.store import Store
 from steering.errors import WrongInput
 from steering.model import Holding, Lane
+from tests.support.alerts import fill_table, store_alerts
 from tests.support.eve import render_eve
 from tests.support.worlds import LANES
 
@@ -67,11 +69,24 @@ ALERT = parse()
 STORED: tuple[tuple[EveAlert, Attributed, Lane], ...] = (
     (ALERT, PLAIN, LANES[0]),
     (replace(ALERT, at=ALERT.at + 10, verdict=Verdict.ALLOWED), PLAIN, LANES[1]),
-    (replace(ALERT, at=ALERT.at + 20), replace(PLAIN, source=APP, destination=WEB), LANES[0]),
+    (
+        replace(
+            ALERT,
+            at=ALERT.at + 20,
+            source_address=APP.address,
+            source_port=APP.port,
+            destination_address=WEB.address,
+            destination_port=WEB.port,
+        ),
+        replace(PLAIN, source=APP, destination=WEB),
+        LANES[0],
+    ),
     (
         replace(
             ALERT,
             at=ALERT.at + 30,
+            source_address=STRANGER.address,
+            source_port=STRANGER.port,
             cves=(),
             http=None,
             signature=replace(ALERT.signature, sid=2, text="Shellshock"),
@@ -89,10 +104,17 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
-def insert(db: Database) -> None:
-    for number, (alert, attributed, lane) in enumerate(STORED):
-        row = build_alert_row(alert, attributed, lane, 5.0, (1, number, 0))
-        db.execute(insert_sql("alerts", row), row)
+@pytest.fixture(params=["one partition", "a partition each", "the table of before", "half in each"])
+async def filled(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    """The four alerts, wherever they stand."""
+    path = tmp_path / "hairpin.db"
+    before = {"the table of before": 4, "half in each": 2}.get(request.param, 0)
+    fill_table(path, STORED[:before])
+    store = Store(path, Limits(alerts=1) if request.param == "a partition each" else Limits())
+    for one in STORED[before:]:
+        await store.write_alerts(partial(store_alerts, stored=[one]))
+    yield store
+    store.close()
 
 
 async def find_ids(store: Store, wanted: AlertFilter) -> list[int]:
@@ -124,20 +146,18 @@ async def find_ids(store: Store, wanted: AlertFilter) -> list[int]:
         (AlertFilter(vm="web1' OR 1=1 --"), []),
     ],
 )
-async def test_filters(store: Store, wanted: AlertFilter, expected: list[int]) -> None:
-    await store.write(insert)
-    assert await find_ids(store, wanted) == expected
+async def test_filters(filled: Store, wanted: AlertFilter, expected: list[int]) -> None:
+    assert await find_ids(filled, wanted) == expected
 
 
-async def test_what_is_read_is_what_was_stored(store: Store) -> None:
-    await store.write(insert)
-    alert = await find_alert(store, 1)
+async def test_what_is_read_is_what_was_stored(filled: Store) -> None:
+    alert = await find_alert(filled, 1)
     assert isinstance(alert, Alert)
     assert (alert.source, alert.destination) == (WEB, APP)
     for name in ("at", "signature", "cves", "affected_products", "http", "payload", "flow_id"):
         assert getattr(alert, name) == getattr(ALERT, name), name
     assert json.loads(alert.raw)["alert"]["signature_id"] == 1
-    other = await find_alert(store, 4)
+    other = await find_alert(filled, 4)
     assert other is not None
     assert (other.source, other.http, other.policy, other.reasons) == (
         STRANGER,
@@ -145,17 +165,16 @@ async def test_what_is_read_is_what_was_stored(store: Store) -> None:
         None,
         ("why",),
     )
-    assert await find_alert(store, 99) is None
-    assert await find_latest_alert_id(store) == 4
+    assert await find_alert(filled, 99) is None
+    assert await find_latest_alert_id(filled) == 4
 
 
 @pytest.mark.parametrize("ascending", [True, False])
-async def test_pages_give_each_alert_once(store: Store, ascending: bool) -> None:
-    await store.write(insert)
+async def test_pages_give_each_alert_once(filled: Store, ascending: bool) -> None:
     seen: list[int] = []
     cursor: str | None = None
     while True:
-        page = await find_alerts(store, AlertFilter(), cursor, limit=3, ascending=ascending)
+        page = await find_alerts(filled, AlertFilter(), cursor, limit=3, ascending=ascending)
         seen += [alert.id for alert in page.items]
         if page.next_cursor is None:
             break
@@ -181,13 +200,6 @@ def test_values_are_bound_never_written_into_the_sql(text: str) -> None:
     plain, _ = alerts_sql(AlertFilter(vm="a", policy="a", text="a"), None, 10, False)
     assert sql == plain
     assert values["vm"] == text
-
-
-async def test_an_id_is_never_used_again(store: Store) -> None:
-    await store.write(insert)
-    await store.write(lambda db: db.execute("DELETE FROM alerts"))
-    await store.write(insert)
-    assert await find_ids(store, AlertFilter()) == [8, 7, 6, 5]
 
 
 async def test_an_address_that_changes_hands_ends_the_former_interval(store: Store) -> None:

@@ -37,10 +37,11 @@ async def test_the_file_is_private_whatever_the_umask_and_whatever_it_was(tmp_pa
         await store.write(lambda db: record_event(db, 1.0, "a.b", "info", "x"))
     finally:
         os.umask(before)
-    modes = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in tmp_path.iterdir()}
+    modes = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in tmp_path.rglob("*")}
     store.close()
+    assert modes.pop("hairpin-alerts") == 0o700
     assert set(modes.values()) == {0o600}, modes
-    assert {"hairpin.db", "hairpin.db-wal"} <= set(modes)
+    assert {"hairpin.db", "hairpin.db-wal", "alerts-0000000000000000.db"} <= set(modes)
 
 
 async def test_a_second_owner_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
@@ -78,6 +79,7 @@ async def test_commits_are_durable_and_the_journal_is_a_wal(store: Store) -> Non
         )
 
     assert await store.write(ask) == ("wal", 2)
+    assert await store.write_alerts(lambda write: ask(write.db)) == ("wal", 2)
 
 
 async def test_migrations_are_applied_once(tmp_path: Path) -> None:
@@ -85,10 +87,17 @@ async def test_migrations_are_applied_once(tmp_path: Path) -> None:
         store = Store(tmp_path / "hairpin.db")
         names = await store.read(lambda db: set(db.table_names()))
         applied = await store.read(
-            lambda db: [row["name"] for row in db.query("SELECT name FROM _sqlite_migrations")]
+            lambda db: [
+                row["name"] for row in db.query("SELECT name FROM _sqlite_migrations ORDER BY name")
+            ]
         )
         store.close()
-    assert applied == ["first_tables", "proof_tables", "quarantine_tables"]
+    assert applied == [
+        "first_tables",
+        "partition_tables",
+        "proof_tables",
+        "quarantine_tables",
+    ]
     assert {
         "alerts",
         "bookmarks",

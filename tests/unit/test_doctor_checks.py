@@ -18,9 +18,11 @@ from appliance.doctor import (
     Probe,
     SwitchFacts,
     check_facts,
+    check_placement,
     parse_version,
 )
 from appliance.doctor_probe import parse_rows
+from appliance.inspection.publish import Placement
 
 WORKS = Probe(True)
 BROKEN = Probe(False, "no such thing")
@@ -250,3 +252,15 @@ def test_offloads_are_on_where_the_switch_takes_super_packets() -> None:
     system = replace(SWITCH, datapath_type="system")
     kernel = replace(WHOLE, switch=system, devices=on, kernel_openvswitch=True)
     assert find(kernel, "offloads").level == "ok"
+
+
+def test_where_packet_threads_run_is_told() -> None:
+    shared = Placement(threads=1, cores=((0, 1),), nice=-10, reason="2 cores are shared by all")
+    (told,) = check_placement(replace(WHOLE, placement={"prevent": shared}))
+    assert told.ok
+    assert told.found == (
+        "prevent: 1 packet thread(s) on all cores (2 cores are shared by all), niceness -10"
+    )
+    (none,) = check_placement(replace(WHOLE, placement={"prevent": Placement()}))
+    assert (none.ok, none.level) == (False, "warn")
+    assert list(check_placement(WHOLE)) == []

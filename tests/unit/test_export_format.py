@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from appliance.alerts.attribute import Attributed
 from appliance.alerts.eve import parse_event
 from appliance.alerts.model import Alert, Endpoint, EveAlert, Opener
-from appliance.alerts.rows import build_alert_row, parse_alert_row
+from appliance.alerts.rows import parse_alert_row
 from appliance.export.format import MESSAGE_LIMIT, build_hairpin, frame_message, render_message
+from tests.support.alerts import build_table_row
 from tests.support.eve import render_eve
 from tests.support.worlds import LANES
 
@@ -30,7 +31,7 @@ def build_alert(**changes: object) -> Alert:
     eve = parse_event(render_eve(**changes))
     assert isinstance(eve, EveAlert)
     attributed = Attributed(WEB, APP, Opener.SOURCE, "web-to-app", 7, ())
-    row = build_alert_row(eve, attributed, LANES[0], 5.0, (1, 0, 0))
+    row = build_table_row(eve, attributed, LANES[0], 5.0, (1, 0, 0))
     return parse_alert_row({**row, "id": 12})
 
 

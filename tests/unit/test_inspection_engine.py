@@ -212,6 +212,8 @@ def test_an_engine_starts_as_its_user_with_one_capability():
         " --bounding-set=-all,+net_admin --no-new-privs --"
         " /usr/bin/suricata -c /c.yaml -v -q 0 -q 1"
     )
+    assert engine.render_urgency(-10) == ("nice", "-n", "-10")
+    assert engine.render_urgency(0) == ()
 
 
 def test_a_test_passes_only_with_rules():
