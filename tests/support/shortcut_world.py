@@ -143,15 +143,16 @@ class World:
     async def wait_taught(self) -> None:
         """Until the switch learns shortcuts (again): not in the second after a return."""
 
-        def teaches() -> bool:
-            text = self.switch.run(
-                "ovs-ofctl", "-O", "OpenFlow15", "dump-flows", self.switch.target, "table=55"
-            )
+        async def teaches() -> bool:
+            # Beside the event loop, on which the switch is kept.
+            dump = "ovs-ofctl", "-O", "OpenFlow15", "dump-flows", self.switch.target, "table=55"
+            text = await asyncio.to_thread(self.switch.run, *dump)
+            await asyncio.sleep(0.05)
             # One flow a policy and family.
             lines = [line for line in text.splitlines() if "learn(" in line]
             return len(lines) == 2 * len(self.policies.policies)
 
-        await wait_until(teaches)
+        await wait_until(teaches, 15.0)
 
     def open(self, source: int, destination: int, sport: int, dport: int = 873) -> None:
         """A connection, of which the engine then lets one frame go."""
