@@ -262,7 +262,7 @@ def _build_watches(
         shortcuts=ShortcutWatch(
             store,
             reconciler.read_shortcuts,
-            reconciler.read_shortcut_counters,
+            lambda: reconciler.shortcuts.read_counters(reconciler.policies, reconciler.lanes),
             lambda: find_management().policies,
             reconciler.machines,
         ),

@@ -94,7 +94,7 @@ class Reconciler:
         self._lost: tuple[str, float] | None = ("not connected yet", clock())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
-        self._shortcuts = Shortcuts(self._switch, self._lock, self._wake.set)
+        self.shortcuts = Shortcuts(self._switch, self._lock, self._wake.set, self.rush)
         self._first_view = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -304,7 +304,7 @@ class Reconciler:
         What was read back last is taken for what stands, so that the change is not held up by reading
         it all once more; whatever somebody changed meanwhile, the read-back finds.
         """
-        returned = self._shortcuts.build_change(self._policies, policies)
+        returned = self.shortcuts.build_change(self._policies, policies)
         plan = await self._plan(policies, observed, self._standing)
         self._standing = None
         try:
@@ -346,19 +346,11 @@ class Reconciler:
 
     async def read_shortcuts(self) -> tuple[Taken, ...]:
         """The connections that the switch passes by itself now. Raises SwitchError."""
-        return await self._shortcuts.read()
-
-    async def read_shortcut_counters(self) -> Counters:
-        """As `read_counters`, but only ``shortcut``: cheap enough for each second. Raises SwitchError."""
-        await self.rush.wait_free_async()
-        flows = await self._switch.read_take_counters()
-        read = [(item.flow.key, item.flow.cookie, item.packets, item.bytes) for item in flows]
-        policies, lanes = self._policies, self.lanes
-        return build_counters(find_tallies(read, (), policies, lanes), policies, lanes)
+        return await self.shortcuts.read()
 
     async def return_shortcuts(self, wanted: Return) -> float:
         """Have these connections inspected again; seconds until the switch had it. Raises SwitchError."""
-        return await self._shortcuts.give_back(wanted, self._policies, self.machines())
+        return await self.shortcuts.give_back(wanted, self._policies, self.machines())
 
     # The inside
 
@@ -400,7 +392,7 @@ class Reconciler:
             observed.lanes,
             observed.canary,
             observed.ghosts,
-            self._shortcuts.find_untaught(),
+            self.shortcuts.find_untaught(),
         )
         violated = self._checker.check(program, observed.lanes, observed.canary)
         if violated:
@@ -551,7 +543,7 @@ class Reconciler:
         program = self._compile(self._policies, observed)
         for ofport in self._find_moved_ports(observed):
             await self._switch.forget_addresses(ofport)
-            await self._shortcuts.forget_ports([ofport])
+            await self.shortcuts.forget_ports([ofport])
         # What came or went need not wait for all to be read.
         ahead = Bundle() if self._standing is None else build_change(program, self._standing)
         if ahead:

@@ -34,8 +34,10 @@ METER = "shortcut"
 LOOK_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """At most so often the accounts are written; what grew since stands in the switch as well."""
-ANEW_SECONDS = 0.5
-"""By how much a connection must have become younger to be another one with the same ends."""
+ROUNDING_SECONDS = 0.01
+"""Ages are told in milliseconds."""
+GONE_SECONDS = 10.0
+"""For so long it is known what ended: a reading that was under way meanwhile may show it still."""
 MOST_ACCOUNTS = 4_000
 _BUSY_SHARE = 10
 """A look that takes long is made as much more rarely."""
@@ -69,15 +71,16 @@ class Account:
 class Book:
     """All that is kept between looks. ``at`` (epoch): of the last look; None: there was none yet.
 
-    ``triggers``: by policy, at the last look. ``counted``: connection -> when it began (`time.monotonic`);
-    None: made by a process before this one, whose looks saw what began before ``at``.
+    ``triggers``: by policy, at the last look. ``counted``: connection -> when it began at the latest, and
+    was seen last (`time.monotonic`); None: made by a process before this one, whose looks saw what began
+    before ``at``.
     """
 
     meter: Meter = field(default_factory=Meter)
     accounts: Mapping[Key, Account] = field(default_factory=lambda: MappingProxyType({}))
     triggers: Mapping[str, Trigger] = field(default_factory=lambda: MappingProxyType({}))
     at: float | None = None
-    counted: Mapping[str, float] | None = None
+    counted: Mapping[str, tuple[float, float]] | None = None
 
 
 def find_triggers(policies: PolicySet) -> dict[str, Trigger]:
@@ -92,12 +95,15 @@ def find_triggers(policies: PolicySet) -> dict[str, Trigger]:
 def record_look(
     book: Book,
     at: float,
-    tick: float,
+    ticks: tuple[float, float],
     counters: Counters,
     connections: Sequence[TakenConnection],
     policies: PolicySet,
 ) -> Book:
-    """The book after a look at ``at`` (epoch), ``tick`` (monotonic): growth and new connections added."""
+    """The book after a look that ended at ``at`` (epoch): growth and new connections added.
+
+    ``ticks`` (monotonic): between these two it was read, at a moment that nobody knows.
+    """
     now = find_triggers(policies)
     growth, meter = read_growth(book.meter, counters)
     more: dict[Key, Account] = {}
@@ -107,28 +113,42 @@ def record_look(
         trigger = book.triggers.get(name) or now.get(name)
         if trigger is not None and (count.packets or count.bytes):
             _add(more, (name, trigger), Account(packets=count.packets, bytes=count.bytes))
-    counted: dict[str, float] = {}
+    book = record_seen(book, at, ticks, connections)
+    return Book(meter, _merge(book.accounts, more), MappingProxyType(now), at, book.counted)
+
+
+def record_seen(
+    book: Book, at: float, ticks: tuple[float, float], connections: Iterable[TakenConnection]
+) -> Book:
+    """Each connection counted that was not seen before; readings may come in another order than made."""
+    before, after = ticks
+    more: dict[Key, Account] = {}
+    counted = {
+        number: (began, seen)
+        for number, (began, seen) in (book.counted or {}).items()
+        if seen > after - GONE_SECONDS
+    }
     for one in connections:
-        began = tick - one.age
-        known = book.counted
-        if known is None:
-            is_new = book.at is None or at - one.age > book.at
+        earliest, latest = before - one.age, after - one.age
+        known = counted.get(one.id)
+        if book.counted is None:
+            is_new = book.at is None or at - (after - before) - one.age > book.at
         else:
-            is_new = one.id not in known or began > known[one.id] + ANEW_SECONDS
-        counted[one.id] = began
+            # The same ends anew, only if it can't be the one that was counted.
+            is_new = known is None or earliest > known[0] + ROUNDING_SECONDS
+        began = latest if is_new or known is None else min(latest, known[0])
+        counted[one.id] = began, after
         if is_new and one.policy is not None and one.trigger is not None:
             _add(more, (one.policy, one.trigger), Account(connections=1))
-    return Book(meter, _merge(book.accounts, more), MappingProxyType(now), at, counted)
+    return replace(book, accounts=_merge(book.accounts, more), counted=counted)
 
 
 def record_returned(book: Book, connections: Iterable[TakenConnection]) -> Book:
-    """What was returned before any look saw it took a shortcut as well."""
     more: dict[Key, Account] = {}
     for one in connections:
         if one.policy is not None and one.trigger is not None:
-            unseen = book.counted is not None and one.id not in book.counted
-            _add(more, (one.policy, one.trigger), Account(connections=int(unseen), returned=1))
-    return replace(book, accounts=_merge(book.accounts, more)) if more else book
+            _add(more, (one.policy, one.trigger), Account(returned=1))
+    return replace(book, accounts=_merge(book.accounts, more))
 
 
 def _add(accounts: dict[Key, Account], key: Key, more: Account) -> None:
@@ -263,18 +283,30 @@ class ShortcutWatch:
             policies = self._read_policies()
             if not (has_shortcuts(policies) or self.book.triggers or self.connections):
                 return ()
+            before = self._tick()
             counters, taken = await asyncio.gather(self._read_counters(), self._read_taken())
-            # Most of the time there are none, and VMs are many.
-            found = pair_taken(taken, policies, self._read_machines()) if taken else ()
-            now = self._clock(), self._tick()
-            self.book = record_look(self.book, *now, counters, found, policies)
+            ticks, at = (before, self._tick()), self._clock()
+            found = await self._pair(taken, policies)
+            self.book = record_look(self.book, at, ticks, counters, found, policies)
             self.connections = found
             return found
 
     async def peek(self) -> tuple[TakenConnection, ...]:
-        """The connections alone, counting nothing. Raises SwitchError; HairpinError for foreign flows."""
+        """The connections alone. Raises SwitchError; HairpinError for foreign flows."""
+        before = self._tick()
         taken = await self._read_taken()
-        return pair_taken(taken, self._read_policies(), self._read_machines()) if taken else ()
+        ticks, at = (before, self._tick()), self._clock()
+        found = await self._pair(taken, self._read_policies())
+        if self.book.counted is not None:
+            self.book = record_seen(self.book, at, ticks, found)
+        return found
+
+    async def _pair(
+        self, taken: Sequence[Taken], policies: PolicySet
+    ) -> tuple[TakenConnection, ...]:
+        if not taken:  # most of the time, and VMs may be many
+            return ()
+        return await asyncio.to_thread(pair_taken, taken, policies, self._read_machines())
 
     def note_returned(self, connections: Sequence[TakenConnection]) -> None:
         self.book = record_returned(self.book, connections)

@@ -356,7 +356,8 @@ class OpenFlowSwitch:
     async def read_shortcuts(self) -> tuple[Taken, ...]:
         """The connections that take a shortcut now, each direction by itself. Raises SwitchError."""
         lines = await self._flow_lines(self.target, f"table={Table.SHORTCUTS.number}")
-        return tuple(filter(None, map(parse_taken, lines)))
+        # Beside the event loop, which has to send connections back at once: there may be 20,000 flows.
+        return await asyncio.to_thread(lambda: tuple(filter(None, map(parse_taken, lines))))
 
     async def read_take_counters(self) -> tuple[FlowCounter, ...]:
         """What was delivered uninspected, table TAKE alone. Raises SwitchError."""

@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from steering.model import Machine, PolicySet
+from steering.counters import Counters, build_counters, find_tallies
+from steering.model import Lane, Machine, PolicySet
+from steering.rush import Rush
 from steering.shortcut import (
     HOLD_SECONDS,
     Hold,
@@ -25,16 +27,28 @@ class Shortcuts:
     """``lock`` is held by who changes the switch; ``wake`` has the switch looked at again."""
 
     def __init__(
-        self, switch: OpenFlowSwitch, lock: asyncio.Lock, wake: Callable[[], None]
+        self,
+        switch: OpenFlowSwitch,
+        lock: asyncio.Lock,
+        wake: Callable[[], None],
+        rush: Rush,
     ) -> None:
         self._switch = switch
         self._lock = lock
         self._wake = wake
+        self._rush = rush
         self._hold = Hold()
 
     async def read(self) -> tuple[Taken, ...]:
         """Each direction by itself. Raises SwitchError."""
         return await self._switch.read_shortcuts()
+
+    async def read_counters(self, policies: PolicySet, lanes: Sequence[Lane]) -> Counters:
+        """Of all counters only ``shortcut``: cheap enough for each second. Raises SwitchError."""
+        await self._rush.wait_free_async()
+        flows = await self._switch.read_take_counters()
+        read = [(item.flow.key, item.flow.cookie, item.packets, item.bytes) for item in flows]
+        return build_counters(find_tallies(read, (), policies, lanes), policies, lanes)
 
     def find_untaught(self) -> frozenset[str]:
         """Policies whose connections learn no shortcut now."""

@@ -120,7 +120,7 @@ class World:
         return ShortcutWatch(
             self.store,
             self.reconciler.read_shortcuts,
-            self.reconciler.read_shortcut_counters,
+            lambda: self.reconciler.shortcuts.read_counters(self.policies, self.reconciler.lanes),
             lambda: self.policies,
             self.reconciler.machines,
         )
@@ -143,15 +143,16 @@ class World:
     async def wait_taught(self) -> None:
         """Until the switch learns shortcuts (again): not in the second after a return."""
 
-        def teaches() -> bool:
-            text = self.switch.run(
-                "ovs-ofctl", "-O", "OpenFlow15", "dump-flows", self.switch.target, "table=55"
-            )
+        async def teaches() -> bool:
+            # Beside the event loop, on which the switch is kept.
+            dump = "ovs-ofctl", "-O", "OpenFlow15", "dump-flows", self.switch.target, "table=55"
+            text = await asyncio.to_thread(self.switch.run, *dump)
+            await asyncio.sleep(0.05)
             # One flow a policy and family.
             lines = [line for line in text.splitlines() if "learn(" in line]
             return len(lines) == 2 * len(self.policies.policies)
 
-        await wait_until(teaches)
+        await wait_until(teaches, 15.0)
 
     def open(self, source: int, destination: int, sport: int, dport: int = 873) -> None:
         """A connection, of which the engine then lets one frame go."""
@@ -185,7 +186,7 @@ class World:
             alert={"action": action, "gid": 1, "signature_id": 7, "rev": 1, "signature": "odd"},
             verdict={"action": verdict},
         )
-        self.eve.parent.mkdir(exist_ok=True)
+        self.eve.parent.mkdir(parents=True, exist_ok=True)
         with self.eve.open("ab") as file:
             file.write(line + b"\n")
 

@@ -17,6 +17,7 @@ from appliance.assurance.shortcuts import (
     parse_book,
     record_look,
     record_returned,
+    record_seen,
     render_book,
 )
 from appliance.management.shortcut import build_accounts
@@ -79,10 +80,16 @@ def build_connection(number: int, age: float, policy: str = "backup") -> TakenCo
 
 
 def look(
-    book: Book, tick: float, packets: int = 0, *connections: TakenConnection, skew: float = 0.0
+    book: Book,
+    tick: float,
+    packets: int = 0,
+    *connections: TakenConnection,
+    skew: float = 0.0,
+    took: float = 0.0,
 ) -> Book:
     counters = build_counters(backup=packets)
-    return record_look(book, AT + tick + skew, tick, counters, connections, BACKUP)
+    ticks = tick - took, tick
+    return record_look(book, AT + tick + skew, ticks, counters, connections, BACKUP)
 
 
 def restart(book: Book) -> Book:
@@ -107,15 +114,19 @@ def test_the_same_ends_anew_are_another_connection() -> None:
     assert read(book).connections == 2
 
 
+def test_a_look_that_takes_long_counts_nothing_twice() -> None:
+    """How old a connection was, was read at some moment of the look."""
+    book = look(Book(), 1.0, 0)
+    for tick, took, age in ((2.0, 0.01, 0.5), (4.0, 0.9, 1.7), (5.0, 0.01, 3.5), (8.0, 2.0, 4.9)):
+        book = look(book, tick, 0, build_connection(1, age), took=took)
+    assert read(book).connections == 1
+
+
 def test_a_clock_that_is_set_counts_nothing_again() -> None:
     book = look(Book(), 1.0, 5, build_connection(1, 0.5))
-    for skew in (3_600.0, -3_600.0):
-        book = look(book, book_tick(book) + 1.0, 5, build_connection(1, 1.5), skew=skew)
+    for tick, skew in ((2.0, 3_600.0), (3.0, -3_600.0)):
+        book = look(book, tick, 5, build_connection(1, tick - 0.5), skew=skew)
     assert read(book) == Account(connections=1, packets=5, bytes=500)
-
-
-def book_tick(book: Book) -> float:
-    return max(began for began in (book.counted or {}).values()) + 0.5
 
 
 def test_a_service_that_begins_anew_counts_what_came_meanwhile_and_nothing_twice() -> None:
@@ -134,9 +145,9 @@ def test_a_switch_that_begins_anew_takes_nothing_away() -> None:
 def test_what_passed_before_a_trigger_changed_is_the_former_triggers() -> None:
     book = look(Book(), 1.0, 5)
     now = build_policies(backup=RULE)
-    book = record_look(book, AT + 2, 2.0, build_counters(now, backup=9), (), now)
+    book = record_look(book, AT + 2, (2.0, 2.0), build_counters(now, backup=9), (), now)
     assert (read(book).packets, read(book, trigger=RULE).packets) == (9, 0)
-    book = record_look(book, AT + 3, 3.0, build_counters(now, backup=11), (), now)
+    book = record_look(book, AT + 3, (3.0, 3.0), build_counters(now, backup=11), (), now)
     assert (read(book).packets, read(book, trigger=RULE).packets) == (9, 2)
 
 
@@ -192,7 +203,7 @@ def test_of_policies_that_come_and_go_a_bounded_number_is_kept(
         name = f"policy-{number}"
         policies = build_policies(**{name: MB, "backup": MB})
         counters = build_counters(policies, **{name: 1, "backup": 6 + number})
-        book = record_look(book, AT + number, 2.0 + number, counters, (), policies)
+        book = record_look(book, AT + number, (2.0 + number,) * 2, counters, (), policies)
     assert ("backup", MB) in book.accounts, "it grew last"
     assert len(book.accounts) == 3
 
@@ -229,7 +240,23 @@ def test_every_policy_that_may_let_go_has_an_account_and_none_is_forgotten() -> 
     ]
 
 
-def test_what_is_returned_before_a_look_saw_it_took_a_shortcut_too() -> None:
-    book = look(Book(), 1.0, 0, build_connection(1, 0.5))
-    book = record_returned(book, [build_connection(1, 0.9), build_connection(2, 0.1)])
+def test_readings_that_come_late_count_nothing_twice() -> None:
+    """A return reads what there is; a look that was under way, or that reading, may be told later."""
+    first, second = build_connection(1, 0.5), build_connection(2, 0.2)
+    book = look(Book(), 1.0, 0, first)
+    book = record_seen(book, AT + 1.2, (1.1, 1.2), [replace(first, age=0.7), second])
+    book = record_returned(book, [first, second])
     assert read(book) == Account(connections=2, returned=2)
+    book = look(book, 1.3, 0)  # they are gone
+    book = look(book, 1.4, 0, replace(first, age=0.7), replace(second, age=0.2), took=0.3)
+    assert read(book) == Account(connections=2, returned=2)
+    # What comes to take one afterwards is another one, by the same ends too.
+    book = look(book, 4.0, 0, replace(second, age=0.3))
+    assert read(book) == Account(connections=3, returned=2)
+
+
+def test_what_is_gone_is_forgotten_in_time() -> None:
+    book = look(Book(), 1.0, 0, *(build_connection(number, 0.5) for number in range(100)))
+    assert len(book.counted or {}) == 100
+    book = look(look(book, 2.0), 2.0 + shortcuts.GONE_SECONDS)
+    assert book.counted == {}
