@@ -56,8 +56,9 @@ class Attributor:
             self._classify(alert.source_port),
             self._classify(alert.destination_port),
             alert.protocol,
-            alert.family,
-            alert.opener,
+            # The family is that of the addresses; members of an Enum are slow to hash.
+            alert.opener is Opener.SOURCE,
+            alert.opener is None,
         )
         known = self._known.get(key)
         if known is not None and known[0] <= alert.at < known[1]:

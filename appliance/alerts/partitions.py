@@ -146,7 +146,10 @@ class Partitions:
         return result
 
     def drop(self, partition: Partition, record: Callable[[Database], None]) -> None:
-        """Remove an ended partition; ``record`` writes to the main database why, once and before."""
+        """Take an ended partition out; ``record`` writes to the main database why, once and before.
+
+        Its file is removed by `unlink`, for which the writer need not wait.
+        """
         if partition.path == self._all[-1].path:
             raise ValueError(f"{partition.name} is written to")
         with self._main.atomic():
@@ -163,6 +166,9 @@ class Partitions:
             idle = [connection for one in known for connection in self._idle.pop(one)]
         for connection in idle:
             connection.close()
+
+    def unlink(self, partition: Partition) -> None:
+        """Remove the file of a partition that was taken out. Of any thread."""
         _unlink(partition.path)
 
     @contextlib.contextmanager

@@ -227,7 +227,9 @@ def _find_opener(
 ) -> Opener | None:
     flow = event.flow
     if flow is not None and flow.src_ip is not msgspec.UNSET:
-        text = flow.src_ip
+        text, port = flow.src_ip, flow.src_port
+        if text and text == event.src_ip and port == source_port and type(port) is int:
+            return Opener.SOURCE
         address = source if text == event.src_ip else _normalise_address(text) if text else None
         port = _check_port(flow.src_port)
         if address == source and port == source_port:

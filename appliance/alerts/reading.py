@@ -26,6 +26,8 @@ from steering.model import Family
 
 _RUN_BLOCKS = 16
 """So many neighbouring blocks are asked of at once."""
+_SLOTS_AT_ONCE = 3
+"""Most groups are ruled out by the first few bits."""
 _BLOCK = sieve.BLOCK_ALERTS
 
 _NAMED = "SELECT id FROM ends WHERE ?1 IN (vm_id, vm)"
@@ -398,11 +400,20 @@ def _read_marks(conn: sqlite3.Connection, group: int, mark: Mark, keys: tuple[An
 def _read_sieves(
     conn: sqlite3.Connection, group: int, blocks: range, slots: tuple[int, ...]
 ) -> int:
-    numbers = [group * sieve.PAGES + page for page in sieve.find_pages(slots)]
-    sql = f"SELECT page, bits FROM grams WHERE page IN ({_join(numbers)})"  # noqa: S608
-    pages = {page - group * sieve.PAGES: bits for page, bits in conn.execute(sql)}
-    if pages:
-        return sieve.sift_group(pages, slots)
+    left, turned = sieve.ALL_BLOCKS, True
+    for place in range(0, len(slots), _SLOTS_AT_ONCE):
+        some = slots[place : place + _SLOTS_AT_ONCE]
+        numbers = [group * sieve.PAGES + page for page in sieve.find_pages(some)]
+        sql = f"SELECT page, bits FROM grams WHERE page IN ({_join(numbers)})"  # noqa: S608
+        pages = {page - group * sieve.PAGES: bits for page, bits in conn.execute(sql)}
+        turned = bool(pages)
+        if not turned:
+            break
+        left &= sieve.sift_group(pages, some)
+        if not left:
+            break
+    if turned:
+        return left
     found = 0
     sql = "SELECT block, bits FROM sieves WHERE block >= ? AND block < ?"
     for block, bits in conn.execute(sql, (blocks.start, blocks.stop)):

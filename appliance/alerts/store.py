@@ -126,10 +126,15 @@ class Store:
         )
 
     async def drop(self, partition: Partition, record: Callable[[Database], None]) -> None:
-        """Remove an ended partition; ``record`` tells why, in the main database. Raises StoreError."""
-        await asyncio.get_running_loop().run_in_executor(
+        """Remove an ended partition; ``record`` tells why, in the main database.
+
+        Raises StoreError, or OSError when the file can't be removed: the next start tries again.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(
             self._writer, self._guard, lambda: self._partitions.drop(partition, record)
         )
+        await loop.run_in_executor(self._readers, self._partitions.unlink, partition)
 
     @property
     def partitions(self) -> tuple[Partition, ...]:

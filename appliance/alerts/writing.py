@@ -30,15 +30,15 @@ _KEPT = 65_536
 _BLOCK = sieve.BLOCK_ALERTS
 
 Item = tuple[Sighting, Attribution]
-_Key = tuple[Mark, Any]
-# By the places of the columns in a row of `alerts`.
+_Key = tuple[int, Any]
+# By the places of the columns in a row of `alerts`; plain numbers, for an Enum's hash is slow.
 _MARKED = (
-    (Mark.LANE, (2,)),
-    (Mark.BLOCKED, (3,)),
-    (Mark.SIGNATURE, (4,)),
-    (Mark.ADDRESS, (5, 6)),
-    (Mark.END, (7, 8)),
-    (Mark.POLICY, (10,)),
+    (int(Mark.LANE), (2,)),
+    (int(Mark.BLOCKED), (3,)),
+    (int(Mark.SIGNATURE), (4,)),
+    (int(Mark.ADDRESS), (5, 6)),
+    (int(Mark.END), (7, 8)),
+    (int(Mark.POLICY), (10,)),
 )
 
 
@@ -254,7 +254,7 @@ class Writer:
         """Those of the group that the next full block belongs to."""
         group = self._tail.start // _BLOCK // sieve.GROUP_BLOCKS
         found = self._conn.execute("SELECT kind, key, blocks FROM marks WHERE grp = ?", (group,))
-        return {(Mark(kind), key): int.from_bytes(bits, "big") for kind, key, bits in found}
+        return {(kind, key): int.from_bytes(bits, "big") for kind, key, bits in found}
 
     def _intern_lane(self, lane: Lane) -> int:
         values = (lane.name, str(lane.profile))

@@ -15,6 +15,7 @@ from appliance.alerts.attributor import Attributor, find_window, shorten
 from appliance.alerts.eve import RAW_LIMIT, parse_event
 from appliance.alerts.model import EveAlert, Malformed, Verdict
 from appliance.alerts.quick import Sighting, parse_line, parse_quickly, sight
+from appliance.management.knowledge import Knowledge, Snapshot
 from steering.canary import SID
 from steering.decide import decide
 from steering.model import (
@@ -237,3 +238,18 @@ def test_the_verdict_of_another_rule_counts() -> None:
     assert isinstance(event, EveAlert)
     assert seen.blocked
     assert event.verdict is Verdict.BLOCKED
+
+
+def test_one_context_is_given_out_until_something_changes() -> None:
+    knowledge = Knowledge()
+    machines = (Machine("vm-1", "web1", {}, (), ()),)
+    knowledge.add(Snapshot(10.0, machines, PolicySet(), 1))
+    first = knowledge.find_context(LANES[0], 11.0)
+    assert knowledge.find_context(LANES[0], 12.0) is first
+    assert knowledge.find_context(LANES[1], 12.0).lane is LANES[1]
+    assert knowledge.take_address("10.9.0.1", "vm-1", 12.0)
+    second = knowledge.find_context(LANES[0], 11.0)
+    assert "10.9.0.1" in second.holdings
+    knowledge.add(Snapshot(20.0, machines, PolicySet(), 2))
+    assert knowledge.find_context(LANES[0], 21.0).revision == 2
+    assert knowledge.find_context(LANES[0], 19.0).revision == 1
