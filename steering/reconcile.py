@@ -540,6 +540,7 @@ class Reconciler:
             if present == frozenset(self._settled.groups):
                 return
         observed = await self._remember(observed)
+        untaught = self.shortcuts.find_untaught()
         program = self._compile(self._policies, observed)
         for ofport in self._find_moved_ports(observed):
             await self._switch.forget_addresses(ofport)
@@ -552,6 +553,9 @@ class Reconciler:
             self._standing = program
         bundle = await self.rush.give_way(lambda: self._find_difference(program))
         self._standing = None
+        if self.shortcuts.find_untaught() - untaught:
+            self._wake.set()  # what was sent back meanwhile must not be taught again by this program
+            return
         if bundle:
             await self._send(bundle)
             left = await self._find_difference(program)
