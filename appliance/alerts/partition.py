@@ -5,7 +5,7 @@ not commit several files in WAL mode as one. The ids of a partition begin after 
 numbered from 1 without gaps, so that blocks are found by arithmetic.
 
     alerts      one narrow row an alert: what is filtered by, and whose it is
-    chunks      the raw events, 64 of them compressed as one (`CHUNK_ALERTS`)
+    chunks      the raw events, 32 of them compressed as one (`CHUNK_ALERTS`)
     texts       URL and payload, in small letters, 512 of them compressed as one (`sieve.BLOCK_ALERTS`)
     sieves      which four bytes in a row a block's texts hold; `grams`: the same of 128 blocks, turned round
     marks       which blocks of a group of 128 have alerts of a VM, an address, a signature, ... (`Mark`)
@@ -34,7 +34,7 @@ from sqlite_utils.migrations import Migrations
 migrations = Migrations("hairpin-alerts")
 
 PAGE_BYTES = 8192
-CHUNK_ALERTS = 64
+CHUNK_ALERTS = 32
 _NAME = re.compile(r"alerts-([0-9]{16})\.db")
 
 
