@@ -83,7 +83,7 @@ def test_one_that_the_switch_does_not_take_goes_on_in_inspection_as_it_was(lane,
     assert wait_for(lambda: lane.shortcut().entered == before.entered + 1)
     # In two parts: the engine must know the first one.
     connection.sock.sendall(b"GET /?file=/etc/pas")
-    time.sleep(0.2)
+    time.sleep(1.5)
     connection.sock.sendall(b"swd HTTP/1.1\r\nHost: a\r\n\r\n")
     # TCP sends it again and again meanwhile, after pauses of more than a second.
     connection.sock.settimeout(6)

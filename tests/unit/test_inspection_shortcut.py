@@ -325,9 +325,17 @@ RETURNS = {
     "a gap": (lambda: segment(1501), 3),
     "an acknowledgement of what was not seen": (lambda: segment(1500, 5001), 3),
     "from the other side": (lambda: segment(5001, 1500, up=False), 3),
-    "a pause": (lambda: segment(1500), 1000),
     "something far behind": (lambda: segment(1500 - 1_000_001), 3),
 }
+
+
+def test_one_that_the_switch_did_not_take_is_what_it_was_after_any_pause(library: Library) -> None:
+    assert library.let_go(segment(data=b"x" * 500))
+    for number in range(5):
+        library.now += 60_000
+        late = segment(1500 + 10 * number, data=b"y" * 10)
+        assert library.take(late) == raw(late)
+    assert library.figures.returned == 0
 
 
 @pytest.mark.parametrize("name", RETURNS)
