@@ -34,6 +34,7 @@ struct packet_header { /* struct nfqnl_msg_packet_hdr */
 } __attribute__((packed));
 
 enum { COPY_PACKET = 2, QUEUE_GSO = 1 << 2 };
+enum { ACCEPT = 1, REPEAT = 4 }; /* linux/netfilter.h */
 enum { CHECKSUM_NOT_READY = 1 << 0 };
 
 /* The sum of 16 bit words, folded to 16 bits; in the memory's own byte order (RFC 1071, section 2). */
@@ -113,32 +114,33 @@ size_t find_transport(const unsigned char *packet, size_t length, size_t *end, i
     return 0;
 }
 
-/*
- * Computes the checksum of a packet whose checksum is not ready; 1 when it did. A field that does not hold the
- * pseudo header's sum, with which every sender prepares it, is left as it is: then something else was to be
- * computed, and the target sees this field as it stands.
- */
-int hairpin_fill_checksum(unsigned char *packet, size_t length)
+/* Where the checksum of a whole TCP or UDP packet is, 0 without one; `sum` becomes that of its pseudo header. */
+static size_t find_checksum(const unsigned char *packet, size_t length, size_t *at, size_t *size,
+                            int *protocol, uint64_t *sum)
 {
-    size_t end = 0, at, field, size;
+    size_t end = 0;
+
+    *at = find_transport(packet, length, &end, protocol, sum);
+    if (*at == 0)
+        return 0;
+    *size = end - *at;
+    *sum += htons((uint16_t)*protocol);
+    if (*protocol == TCP && *size >= TCP_HEADER)
+        return *at + TCP_CHECKSUM;
+    if (*protocol == UDP && *size >= UDP_HEADER)
+        return *at + UDP_CHECKSUM;
+    return 0;
+}
+
+int hairpin_write_checksum(unsigned char *packet, size_t length)
+{
+    size_t at = 0, size = 0, field;
     int protocol = 0;
     uint64_t pseudo = 0;
-    uint16_t found, wanted, sum;
+    uint16_t sum;
 
-    at = find_transport(packet, length, &end, &protocol, &pseudo);
-    if (at == 0)
-        return 0;
-    size = end - at;
-    if (protocol == TCP && size >= TCP_HEADER)
-        field = at + TCP_CHECKSUM;
-    else if (protocol == UDP && size >= UDP_HEADER)
-        field = at + UDP_CHECKSUM;
-    else
-        return 0;
-    pseudo += htons((uint16_t)protocol);
-    memcpy(&found, packet + field, 2);
-    wanted = fold(pseudo + htons((uint16_t)size));
-    if (found != wanted && found != fold(pseudo))
+    field = find_checksum(packet, length, &at, &size, &protocol, &pseudo);
+    if (field == 0)
         return 0;
     memset(packet + field, 0, 2);
     sum = (uint16_t)~fold(add(pseudo + htons((uint16_t)size), packet + at, size));
@@ -146,6 +148,28 @@ int hairpin_fill_checksum(unsigned char *packet, size_t length)
         sum = 0xffff;
     memcpy(packet + field, &sum, 2);
     return 1;
+}
+
+/*
+ * Computes the checksum of a packet whose checksum is not ready; 1 when it did. A field that does not hold the
+ * pseudo header's sum, with which every sender prepares it, is left as it is: then something else was to be
+ * computed, and the target sees this field as it stands.
+ */
+int hairpin_fill_checksum(unsigned char *packet, size_t length)
+{
+    size_t at = 0, size = 0, field;
+    int protocol = 0;
+    uint64_t pseudo = 0;
+    uint16_t found, wanted;
+
+    field = find_checksum(packet, length, &at, &size, &protocol, &pseudo);
+    if (field == 0)
+        return 0;
+    memcpy(&found, packet + field, 2);
+    wanted = fold(pseudo + htons((uint16_t)size));
+    if (found != wanted && found != fold(pseudo))
+        return 0;
+    return hairpin_write_checksum(packet, length);
 }
 
 int nfq_set_mode(struct nfq_q_handle *queue, uint8_t mode, uint32_t range)
@@ -197,6 +221,32 @@ int nfq_get_payload(struct nfq_data *packet, unsigned char **data)
     return hairpin_take_packet(read_mark(packet), ntohl(header->id), data, length, hairpin_now());
 }
 
+/*
+ * Queues those packets again that the engine accepted but saw without what they carry (see hairpin_shortcut.c).
+ * Whether `id` is one of them, so that it has its verdict.
+ */
+static int queue_again(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, int batch)
+{
+    static int (*give)(struct nfq_q_handle *, uint32_t, uint32_t, uint32_t, const unsigned char *);
+    uint32_t ids[HAIRPIN_WAITING];
+    unsigned int number, at;
+    int itself = 0;
+
+    if (verdict != ACCEPT)
+        return 0;
+    number = hairpin_find_first(id, batch, ids);
+    if (number == 0)
+        return 0;
+    if (give == NULL)
+        *(void **)&give = dlsym(RTLD_NEXT, "nfq_set_verdict");
+    for (at = 0; at < number; at++) {
+        if (give != NULL)
+            give(queue, ids[at], REPEAT, 0, NULL);
+        itself |= ids[at] == id;
+    }
+    return itself;
+}
+
 /* The four ways to give a verdict; with a mark, it may be the one by which a connection is let go. */
 
 int nfq_set_verdict2(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, uint32_t mark,
@@ -209,6 +259,10 @@ int nfq_set_verdict2(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, 
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict2");
     if (real == NULL)
         return -1;
+    if (queue_again(queue, id, verdict, 0)) {
+        hairpin_forget(id, verdict, 0);
+        return 0;
+    }
     return real(queue, id, verdict, hairpin_decide(id, verdict, mark, 0, hairpin_now()), length, data);
 }
 
@@ -220,6 +274,7 @@ int nfq_set_verdict_batch2(struct nfq_q_handle *queue, uint32_t id, uint32_t ver
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict_batch2");
     if (real == NULL)
         return -1;
+    queue_again(queue, id, verdict, 1);
     return real(queue, id, verdict, hairpin_decide(id, verdict, mark, 1, hairpin_now()));
 }
 
@@ -228,12 +283,15 @@ int nfq_set_verdict(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict, u
 {
     static int (*real)(struct nfq_q_handle *, uint32_t, uint32_t, uint32_t, const unsigned char *);
 
+    int again;
+
     if (real == NULL)
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict");
     if (real == NULL)
         return -1;
+    again = queue_again(queue, id, verdict, 0);
     hairpin_forget(id, verdict, 0);
-    return real(queue, id, verdict, length, data);
+    return again ? 0 : real(queue, id, verdict, length, data);
 }
 
 int nfq_set_verdict_batch(struct nfq_q_handle *queue, uint32_t id, uint32_t verdict)
@@ -244,6 +302,7 @@ int nfq_set_verdict_batch(struct nfq_q_handle *queue, uint32_t id, uint32_t verd
         *(void **)&real = dlsym(RTLD_NEXT, "nfq_set_verdict_batch");
     if (real == NULL)
         return -1;
+    queue_again(queue, id, verdict, 1);
     hairpin_forget(id, verdict, 1);
     return real(queue, id, verdict);
 }

@@ -22,6 +22,16 @@ size_t find_transport(const unsigned char *packet, size_t length, size_t *end, i
  */
 int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int length, int64_t now);
 
+/* Computes the checksum of a whole TCP or UDP packet; 1 when it did. */
+int hairpin_write_checksum(unsigned char *packet, size_t length);
+
+/*
+ * Which of the packets that an accepting verdict is about the engine saw without what they carry, to be queued
+ * again: their ids, at most HAIRPIN_WAITING. To be asked before hairpin_decide() or hairpin_forget().
+ */
+enum { HAIRPIN_WAITING = 64 };
+unsigned int hairpin_find_first(uint32_t id, int batch, uint32_t *ids);
+
 /* A verdict with a mark goes to the kernel, for one packet or for all up to `id`. Returns the mark to send. */
 uint32_t hairpin_decide(uint32_t id, uint32_t verdict, uint32_t mark, int batch, int64_t now);
 

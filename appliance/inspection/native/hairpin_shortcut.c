@@ -14,6 +14,10 @@
  * which it never saw, and picks up in the middle (`stream.midstream`). Rules see the inner packet. In a
  * tunnel Suricata sets no mark, so a returned connection stays inspected for the rest of its life.
  *
+ * Of a connection's first packet Suricata does not say yet that it is of an established one, and most rules ask for
+ * that. So the packet that begins an epoch is seen without what it carries, and when that is accepted, it
+ * is queued again (NF_REPEAT) and seen whole.
+ *
  * The packets in the kernel are not touched. The table is bounded; where it is full, a connection stays inspected.
  */
 
@@ -38,10 +42,10 @@ enum { CLASS_SHIFT = 16, CLASS_MASK = 7, TRIGGER_SHIFT = 24 };
 static const uint32_t FINAL = UINT32_C(1) << 31;
 enum { ACCEPT = 1 };
 
-enum { FIN = 1, SYN = 2, RST = 4, ACK = 16 };
+enum { FIN = 1, SYN = 2, RST = 4, PUSH = 8, ACK = 16 };
 enum { STRAGGLER_BYTES = 1000000 };
-enum { SETS = 8192, WAYS = 8, LOCKS = 64, WAITING = 64 };
-enum { WRAP = IPV4_HEADER + 4 + 4 + 4, LONGEST = 65535 };
+enum { SETS = 8192, WAYS = 8, LOCKS = 64, WAITING = HAIRPIN_WAITING };
+enum { WRAP = IPV4_HEADER + 4 + 4 + 4, LONGEST = 65535, LONGEST_HEADERS = 512 };
 /* Packets of an engine's flow may be timed by another clock, whole seconds: kept a little longer than it. */
 enum { MARGIN_MS = 30000, DEFAULT_IDLE_S = 300, STATE_SIZE = 4096 };
 
@@ -60,6 +64,7 @@ enum word {
     REFUSED_MIXED, /* a batch of packets of which not all may go */
     TOO_LONG,      /* packets that could not be wrapped, and were seen as they are */
     WRAPPED,       /* packets that were */
+    REPEATED,      /* packets that began an epoch, and were queued again to be seen whole */
 };
 
 struct tuple {
@@ -78,11 +83,12 @@ struct entry {
 struct waiting {
     struct tuple tuple;
     uint32_t id, end, ack;
-    uint8_t class, direction, whole, fit;
+    uint8_t class, direction, whole, first, fit;
 };
 
 struct segment {
     struct tuple tuple;
+    size_t start, payload; /* where the TCP header begins, and what it carries */
     uint32_t seq, end, ack;
     uint8_t flags, direction, data;
 };
@@ -133,7 +139,7 @@ int hairpin_open_state(const char *path)
         return 0;
     }
     state = mapped;
-    for (int word = PRESENT; word <= WRAPPED; word++)
+    for (int word = PRESENT; word <= REPEATED; word++)
         atomic_store(&state[word], 0);
     atomic_store(&state[PID], (uint64_t)getpid());
     return 1;
@@ -205,6 +211,8 @@ static int read_segment(const unsigned char *packet, size_t length, struct segme
     segment->end = segment->seq + (uint32_t)(end - at - header) + (segment->flags & SYN ? 1 : 0) +
                    (segment->flags & FIN ? 1 : 0);
     segment->data = end - at > header;
+    segment->start = at;
+    segment->payload = at + header;
     memset(ends, 0, sizeof ends);
     address = packet[0] >> 4 == 4 ? 4 : 16;
     memcpy(ends[0], packet + (address == 4 ? 12 : 8), address);
@@ -319,14 +327,18 @@ static int is_turn(struct entry *entry, const struct segment *segment)
     return entry->speaker != segment->direction + 1;
 }
 
-/* As what the engine is to see a segment: `epoch`, 0 for as it is. Whether its connection is in the table. */
-static int find_identity(const struct segment *segment, int64_t now, uint32_t *epoch)
+/*
+ * As what the engine is to see a segment: `epoch`, 0 for as it is; `first`: it begins that epoch, in the middle of
+ * its connection. Whether the connection is in the table.
+ */
+static int find_identity(const struct segment *segment, int64_t now, uint32_t *epoch, int *first)
 {
     unsigned int set = find_set(&segment->tuple);
     pthread_mutex_t *lock = &locks[set % LOCKS];
     struct entry *entry;
 
     *epoch = 0;
+    *first = 0;
     pthread_mutex_lock(lock);
     entry = find_entry(table[set], &segment->tuple);
     if (entry != NULL && now - entry->last > find_limit()) {
@@ -339,8 +351,10 @@ static int find_identity(const struct segment *segment, int64_t now, uint32_t *e
         } else if (entry->gone && !is_straggler(entry, segment)) {
             renew(entry, RETURNED);
             is_turn(entry, segment);
+            *first = 1;
         } else if (is_turn(entry, segment)) {
             renew(entry, TURNED);
+            *first = 1;
         } else {
             advance(&entry->next[segment->direction], segment->end);
         }
@@ -425,20 +439,51 @@ static void pin(const struct waiting *packet)
     pthread_mutex_unlock(lock);
 }
 
+/* A packet's headers alone, as those of a packet that carries nothing; their length. */
+static size_t cut_payload(const unsigned char *packet, const struct segment *segment,
+                          unsigned char *into)
+{
+    size_t length = segment->payload, header = (size_t)(packet[0] & 0xf) * 4;
+    uint32_t sum = 0;
+
+    memcpy(into, packet, length);
+    into[segment->start + 13] &= (unsigned char)~(FIN | PUSH);
+    if (packet[0] >> 4 == 4) {
+        into[2] = (unsigned char)(length >> 8);
+        into[3] = (unsigned char)length;
+        into[10] = into[11] = 0;
+        for (size_t at = 0; at < header; at += 2)
+            sum += (uint32_t)into[at] << 8 | into[at + 1];
+        sum = (sum & 0xffff) + (sum >> 16);
+        sum = ~((sum & 0xffff) + (sum >> 16)) & 0xffff;
+        into[10] = (unsigned char)(sum >> 8);
+        into[11] = (unsigned char)sum;
+    } else {
+        into[4] = (unsigned char)((length - IPV6_HEADER) >> 8);
+        into[5] = (unsigned char)(length - IPV6_HEADER);
+    }
+    hairpin_write_checksum(into, length);
+    return length;
+}
+
 int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int length, int64_t now)
 {
     uint8_t class = mark >> CLASS_SHIFT & CLASS_MASK;
     struct segment segment;
     struct waiting *packet;
     uint32_t epoch = 0;
-    int whole, known = 0, total;
+    int whole, known = 0, first = 0, total;
+    const unsigned char *seen = *data;
+    size_t size = (size_t)length;
+    unsigned char headers[LONGEST_HEADERS];
 
     /* A class that was taken from a policy leaves connections that returned: then all are looked for. */
     if (class == 0 && atomic_load_explicit(&present, memory_order_relaxed) == 0)
         return length;
     whole = read_segment(*data, (size_t)length, &segment);
     if (whole && atomic_load_explicit(&present, memory_order_relaxed) != 0)
-        known = find_identity(&segment, now, &epoch);
+        known = find_identity(&segment, now, &epoch, &first);
+    first = first && segment.data && segment.payload <= sizeof headers;
     if (class != 0 || known) {
         if (waiting_count == WAITING) {
             waiting_count = 0;
@@ -449,6 +494,7 @@ int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int le
         packet->id = id;
         packet->class = class;
         packet->whole = (uint8_t)whole;
+        packet->first = (uint8_t)first;
         if (whole) {
             packet->tuple = segment.tuple;
             packet->end = segment.end;
@@ -459,7 +505,11 @@ int hairpin_take_packet(uint32_t mark, uint32_t id, unsigned char **data, int le
     }
     if (epoch == 0)
         return length;
-    total = wrap(*data, (size_t)length, epoch, wrapped);
+    if (first) {
+        size = cut_payload(*data, &segment, headers);
+        seen = headers;
+    }
+    total = wrap(seen, size, epoch, wrapped);
     if (total == 0) {
         count(TOO_LONG);
         return length;
@@ -481,6 +531,20 @@ static unsigned int take_waiting(uint32_t id, int batch, struct waiting *taken)
             waiting[kept++] = waiting[at];
     }
     waiting_count = kept;
+    return found;
+}
+
+unsigned int hairpin_find_first(uint32_t id, int batch, uint32_t *ids)
+{
+    unsigned int found = 0;
+
+    for (unsigned int at = 0; at < waiting_count; at++) {
+        if (waiting[at].first &&
+            (batch ? (int32_t)(id - waiting[at].id) >= 0 : waiting[at].id == id)) {
+            ids[found++] = waiting[at].id;
+            count(REPEATED);
+        }
+    }
     return found;
 }
 
