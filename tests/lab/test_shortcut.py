@@ -6,12 +6,15 @@ import contextlib
 import select
 import socket
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from appliance.lab import LabState
+from appliance import lab as the_lab
 from tests.bench.traffic import measure_idle, measure_transfer, start_servers
 from tests.support.appliance import (
     EXPLOIT,
@@ -22,11 +25,13 @@ from tests.support.appliance import (
     inspect,
 )
 from tests.support.inspection_lane import in_namespace
-from tests.support.lab import wait_until
+from tests.support.lab import build_name, wait_until
+from tests.support.rule_pipelines import write_feed
 from tests.support.session import Session, open_session
 
 pytestmark = pytest.mark.lab
 
+RULE = 'alert tcp any any -> any 9 (msg:"a rule"; content:"nothing"; sid:{sid}; rev:1;)'
 MEGABYTE = 1_000_000
 BIG = 3 * MEGABYTE
 MOST_SECONDS = 0.05
@@ -40,8 +45,31 @@ def cut(after: str = "1MB", most: int = 100, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def appliance(module_lab: LabState, tmp_path_factory: pytest.TempPathFactory) -> Appliance:
-    found = Appliance(module_lab, tmp_path_factory.mktemp("shortcut"))
+def directory() -> Iterator[Path]:
+    """Servers and the rule pipeline drop their rights, so it is not below pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="hairpin-shortcut-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def write_rules(directory: Path, *lines: str) -> Path:
+    feed = write_feed(directory / "feed.tar.gz", *lines)
+    feed.chmod(0o644)
+    return feed
+
+
+@pytest.fixture(scope="module")
+def appliance(directory: Path) -> Iterator[Appliance]:
+    feed = write_rules(directory, RULE.format(sid=2_900_001))
+    name = build_name("c")
+    overrides = {"rules": {"sources": [{"name": "feed", "url": feed.as_uri()}]}}
+    try:
+        yield start(Appliance(the_lab.bring_up(name, 6, overrides=overrides), directory / "vms"))
+    finally:
+        the_lab.take_down(name)
+
+
+def start(found: Appliance) -> Appliance:
     start_servers(found, "app-1", "app-2")
     for vm in ("app-1", "app-2"):
         with (found.directory / f"nginx-{vm}" / "www" / "big").open("wb") as stream:
@@ -178,11 +206,17 @@ def test_an_alert_leaves_them_where_the_policy_says_so(appliance: Appliance) -> 
         assert len(find_shortcuts(appliance)) == 1
 
 
-def test_changed_rules_send_all_back(appliance: Appliance, policies: list[dict[str, Any]]) -> None:
+def test_changed_rules_send_all_back(
+    appliance: Appliance, policies: list[dict[str, Any]], directory: Path
+) -> None:
     with open_session(appliance, "web-1", "app-1") as session:
         let_go(appliance, session)
-        rule = 'alert tcp any any -> any 9 (msg:"another rule"; content:"nothing"; sid:1000099; rev:1;)'
-        add_rule(appliance, rule)
+        write_rules(
+            directory,
+            *(RULE.format(sid=sid) for sid in (2_900_001, time.time_ns() % 10**6 + 2_900_002)),
+        )
+        done = appliance.cli("rules", "update", "--json", timeout=120)
+        assert done.status == 0, done.stderr
         assert find_shortcuts(appliance) == []
         assert is_stopped(session)
 
