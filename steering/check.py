@@ -167,7 +167,7 @@ def _check_shortcut(flow: Flow, third: frozenset[int]) -> Iterator[str]:
         if flow.actions != go_to(Table.TEACH, Table.DELIVER):
             yield f"steers what came back already: {flow}"
     elif flow.table is Table.TAKE and "tcp_flags=+syn" in flow.match:
-        if not flow.actions.endswith(f"set_field:0->reg7,{go_to(Table.CONNECTION)}"):
+        if not re.fullmatch(r"learn\([^()]*\),learn\([^()]*\)", flow.actions):
             yield f"lets a SYN take a shortcut: {flow}"
     elif flow.table is Table.TEACH and not {"reg7", "reg9"} <= set(_fields(flow.match)):
         yield f"teaches what no engine and no policy let go: {flow}"

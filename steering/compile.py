@@ -17,6 +17,7 @@ from steering.compile_shortcut import (
     build_offer,
     find_shortcuts,
     has_third_leg,
+    withhold_shortcut,
 )
 from steering.decide import find_lane, resolve_machines
 from steering.flows import (
@@ -138,7 +139,7 @@ def compile_program(
     declared = {one.vm_id: one.addresses for one in policies.machines if one.addresses}
     _add_base(book)
     _add_legs(book, lanes)
-    shortcuts = find_shortcuts(policies.policies, lanes)
+    shortcuts = find_shortcuts(policies.policies, lanes, membership)
     for port in ports:
         vm_id = owners[port.ofport]
         own = tuple(declared.get(vm_id, ()))
@@ -164,7 +165,8 @@ def compile_program(
     for port in scoped:
         ofports.setdefault(owners[port.ofport], []).append(port.ofport)
     ranks: dict[int, list[tuple[Policy, _Side, _Side]]] = {}
-    for policy in policies.policies:
+    offering = frozenset(policy.name for policy in shortcuts)
+    for policy in (withhold_shortcut(one, offering) for one in policies.policies):
         openers, answerers = (
             _find_side(peers, membership, classes, ofports)
             for peers in (policy.sources, policy.destinations)

@@ -6,6 +6,7 @@ Only for policies that ask for one in a lane that has a third leg; without such 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from steering.decide import find_lane
 from steering.flows import (
@@ -17,6 +18,7 @@ from steering.flows import (
     render_number,
     set_register,
 )
+from steering.membership import Membership
 from steering.model import Family, Inspect, Lane, Policy, Port, Protocol
 from steering.pipeline import (
     FROM_THIRD_LEG,
@@ -27,7 +29,12 @@ from steering.pipeline import (
     build_cookie,
     build_policy_number,
 )
-from steering.shortcut import ENDED, IDLE_SECONDS, PRIORITY_CODES, build_shortcut_cookie
+from steering.shortcut import (
+    IDLE_SECONDS,
+    PRIORITY_CODES,
+    build_shortcut_cookie,
+    find_denied_back,
+)
 
 SHORTCUT, TRIGGER, LET_GO = (
     Register.SHORTCUT.value,
@@ -39,8 +46,8 @@ IS_TAKEN = f"{SHORTCUT_TAKEN:#x}/{SHORTCUT_TAKEN:#x}"
 IS_LET_GO = f"{FROM_THIRD_LEG:#x}/{FROM_THIRD_LEG:#x}"
 LEARNED_PRIORITY = 100
 
-# A flow of SHORTCUTS is of one sender's port, and of one receiver's MAC: neither addresses that another VM
-# forges, nor those that moved on, take a shortcut that was not given to them.
+# A flow of SHORTCUTS is of one sender's port and both MACs: neither addresses that another VM forges, nor ports
+# that are another VM's now, take a shortcut that was not given to them.
 _FIELDS = {
     Family.IPV4: ("0x800", "NXM_OF_IP_SRC[]", "NXM_OF_IP_DST[]"),
     Family.IPV6: ("0x86dd", "NXM_NX_IPV6_SRC[]", "NXM_NX_IPV6_DST[]"),
@@ -48,9 +55,21 @@ _FIELDS = {
 _PORTS = ("NXM_OF_TCP_SRC[]", "NXM_OF_TCP_DST[]")
 
 
-def find_shortcuts(policies: Iterable[Policy], lanes: Sequence[Lane]) -> tuple[Policy, ...]:
-    """The policies whose connections may take a shortcut."""
-    return tuple(policy for policy in policies if _has_shortcut(policy, lanes))
+def find_shortcuts(
+    policies: Sequence[Policy], lanes: Sequence[Lane], membership: Membership
+) -> tuple[Policy, ...]:
+    """The policies whose connections may take a shortcut: not those of `find_denied_back`."""
+    asking = [policy for policy in policies if _has_shortcut(policy, lanes)]
+    denied = find_denied_back(asking, policies, membership)
+    return tuple(policy for policy in asking if policy.name not in denied)
+
+
+def withhold_shortcut(policy: Policy, offering: frozenset[str]) -> Policy:
+    """The policy as it is compiled: without a shortcut, unless it is one of ``offering``."""
+    action = policy.action
+    if isinstance(action, Inspect) and action.shortcut is not None and policy.name not in offering:
+        return replace(policy, action=replace(action, shortcut=None))
+    return policy
 
 
 def _has_shortcut(policy: Policy, lanes: Sequence[Lane]) -> bool:
@@ -97,12 +116,9 @@ def add_shortcuts(
     # OVS accounts for packets of one datapath flow later, by what its first one was; if that was a SYN, it
     # would end what other packets' connections have just come to take.
     book.add(Table.SYN, 0, "", go_to(Table.SHORTCUTS, Table.TAKE), BASE)
-    for family, keyword in zip(Family, TCP_KEYWORDS, strict=True):
+    for keyword in TCP_KEYWORDS:
         alone = build_match(keyword, tcp_flags="+syn")
         book.add(Table.SYN, 100, alone, go_to(Table.SHORTCUTS, Table.TAKE), BASE)
-        syn = build_match(keyword, reg7=IS_TAKEN, tcp_flags="+syn")
-        ended = f"{_learn(family, 0, 0)},{_learn_back(family, 0, 0)},{set_register(SHORTCUT, 0)}"
-        book.add(Table.TAKE, 300, syn, f"{ended},{go_to(Table.CONNECTION)}", BASE)
     # Those that were on their way as the connection was learned: inspected, so not counted as taken.
     straggler = build_match(reg7=IS_TAKEN, reg9=IS_LET_GO)
     book.add(Table.TAKE, 250, straggler, deliver, BASE)
@@ -140,6 +156,13 @@ def _add_policy(book: FlowBook, policy: Policy, *, is_taught: bool) -> None:
     cookie = build_shortcut_cookie(policy.name)
     taken = build_match(reg7=render_number(SHORTCUT_TAKEN | number))
     book.add(Table.TAKE, 200, taken, go_to(Table.DELIVER), cookie)
+    for family in policy.families:
+        # It passes nothing: OVS may learn from it half a second late, and the new connection's packets would
+        # pass meanwhile. The SYN that is sent again, a second later, finds no shortcut any more.
+        number_taken = render_number(SHORTCUT_TAKEN | number)
+        match = build_match(KEYWORDS[family][Protocol.TCP], reg7=number_taken, tcp_flags="+syn")
+        ended = f"{_learn(family, number, 0)},{_learn_back(family, number, 0)}"
+        book.add(Table.TAKE, 300, match, ended, cookie)
     if not is_taught:
         return
     # Only for the trigger that the policy in force has: one of before may still be on its way.
@@ -153,9 +176,10 @@ def _add_policy(book: FlowBook, policy: Policy, *, is_taught: bool) -> None:
 
 
 def _learn(family: Family, number: int, most: int) -> str:
-    """The packet's own direction (ovs-actions(7), learn). ``number`` 0: it takes the usual way again."""
+    """The packet's own direction (ovs-actions(7), learn). ``most`` 0: it takes the usual way again."""
     ethertype, source, destination = _FIELDS[family]
-    fields = ("NXM_OF_IN_PORT[]", "NXM_OF_ETH_DST[]", source, destination, *_PORTS)
+    ends = ("NXM_OF_IN_PORT[]", "NXM_OF_ETH_SRC[]", "NXM_OF_ETH_DST[]")
+    fields = (*ends, source, destination, *_PORTS)
     return _render_learn(ethertype, fields, number, most)
 
 
@@ -164,6 +188,7 @@ def _learn_back(family: Family, number: int, most: int) -> str:
     swapped = ((source, destination), (destination, source), _PORTS, _PORTS[::-1])
     fields = (
         f"NXM_OF_IN_PORT[]=NXM_NX_{Register.DESTINATION.value.upper()}[0..15]",
+        "NXM_OF_ETH_SRC[]=NXM_OF_ETH_DST[]",
         "NXM_OF_ETH_DST[]=NXM_OF_ETH_SRC[]",
         *(f"{one}={other}" for one, other in swapped),
     )
@@ -171,13 +196,11 @@ def _learn_back(family: Family, number: int, most: int) -> str:
 
 
 def _render_learn(ethertype: str, fields: Iterable[str], number: int, most: int) -> str:
-    """As OVS prints it."""
-    if number:
-        ends = f"idle_timeout={IDLE_SECONDS},fin_idle_timeout=2"
-        cookie = build_cookie(CookieKind.SHORTCUT, number)
-        limit, value = f"limit={most},", f"{SHORTCUT_TAKEN | number:#x}"
-    else:
-        ends, cookie, limit, value = "idle_timeout=1", ENDED, "", "0"
+    """As OVS prints it. One that ended keeps its policy's cookie, and so its place in the bound."""
+    ends = f"idle_timeout={IDLE_SECONDS}{',fin_idle_timeout=2' if most else ''}"
+    cookie = build_cookie(CookieKind.SHORTCUT, number)
+    limit = f"limit={most}," if most else ""
+    value = f"{SHORTCUT_TAKEN | number:#x}" if most else "0"
     return (
         f"learn(table={Table.SHORTCUTS.number},{ends},priority={LEARNED_PRIORITY},cookie={cookie:#x},"
         f"{limit}eth_type={ethertype},nw_proto=6,{','.join(fields)},"

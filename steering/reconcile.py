@@ -175,24 +175,21 @@ class Reconciler:
             datapath_type=view.datapath_type if view else "",
             problems=(
                 *problems,
-                *self._find_width_problems(),
-                *find_shortcut_problems(self._policies, self.lanes),
+                *self._find_policy_problems(),
             ),
         )
 
-    def _find_width_problems(self) -> tuple[str, ...]:
+    def _find_policy_problems(self) -> tuple[str, ...]:
         """Found once per view and policies: the status is asked for often, and there may be many VMs."""
         view, policies = self._view, self._policies
         if view is None:
             return ()
         if self._widths is None or self._widths[0] is not view or self._widths[1] is not policies:
+            machines, lanes = self.machines(), view.observed.lanes
             found = find_width_problems(
-                policies,
-                self.machines(),
-                view.observed.lanes,
-                view.mtus,
-                super_packets=view.super_packets,
+                policies, machines, lanes, view.mtus, super_packets=view.super_packets
             )
+            found = (*found, *find_shortcut_problems(policies, lanes, machines))
             self._widths = view, policies, found
         return self._widths[2]
 

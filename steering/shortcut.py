@@ -13,8 +13,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from steering.flows import KEYWORDS, build_match
-from steering.membership import build_membership
-from steering.model import Family, Inspect, Lane, Machine, Policy, PolicySet, Protocol, Trigger
+from steering.membership import Membership, build_membership
+from steering.model import (
+    Deny,
+    Family,
+    Inspect,
+    Lane,
+    Machine,
+    Policy,
+    PolicySet,
+    Protocol,
+    Trigger,
+)
 from steering.pipeline import (
     CookieKind,
     Table,
@@ -34,9 +44,6 @@ PRIORITY_CODES = {
 
 IDLE_SECONDS = 60
 """A direction without packets for so long is inspected again. After FIN or RST it is 2 s."""
-
-ENDED = build_cookie(CookieKind.SHORTCUT, 0)
-"""Cookie of a learned flow that a SYN turned into one without effect."""
 
 _OURS = f"cookie={build_cookie(CookieKind.SHORTCUT):#x}/{0xFFFF_FF00_0000_0000:#x}"
 
@@ -127,6 +134,27 @@ def find_held(wanted: Return, policies: PolicySet, machines: Sequence[Machine]) 
     )
 
 
+def find_denied_back(
+    asking: Iterable[Policy], policies: Sequence[Policy], membership: Membership
+) -> Mapping[str, str]:
+    """Those of ``asking`` whose answers a higher deny would take: policy -> deny, by name.
+
+    Conntrack misses what a shortcut passes, and calls what comes after it invalid; a deny takes packets of
+    which nobody knows who opened the connection. So a connection that came back would be cut.
+    """
+    denies = [policy for policy in policies if isinstance(policy.action, Deny)]
+    return {
+        policy.name: deny.name
+        for policy in asking
+        for deny in denies
+        if deny.priority >= policy.priority
+        and set(deny.families) & set(policy.families)
+        and any(service.protocol in (Protocol.ANY, Protocol.TCP) for service in deny.services)
+        and membership.find_members(deny.sources) & membership.find_members(policy.destinations)
+        and membership.find_members(deny.destinations) & membership.find_members(policy.sources)
+    }
+
+
 def build_untaught(policies: Iterable[str]) -> tuple[str, ...]:
     """The lines that end the teaching of these policies' connections."""
     return tuple(
@@ -184,10 +212,22 @@ def _asks(policy: Policy) -> bool:
     return isinstance(policy.action, Inspect) and policy.action.shortcut is not None
 
 
-def find_shortcut_problems(policies: PolicySet, lanes: Sequence[Lane]) -> tuple[str, ...]:
-    """Policies that ask for a shortcut which their lane has no way for."""
+def find_shortcut_problems(
+    policies: PolicySet, lanes: Sequence[Lane], machines: Sequence[Machine]
+) -> tuple[str, ...]:
+    """Policies that ask for a shortcut which they can't have."""
     third = {lane.profile for lane in lanes if lane.leg_c is not None}
+    asking = [policy for policy in policies.policies if _asks(policy)]
+    denied = (
+        find_denied_back(asking, policies.policies, build_membership(policies.zones, machines))
+        if asking
+        else {}
+    )
     return tuple(
+        f"policy {name} asks for a shortcut, and policy {deny} denies the other way: its connections "
+        "stay inspected, since one that came back could be cut; narrow either of them"
+        for name, deny in denied.items()
+    ) + tuple(
         f"policy {policy.name} asks for a shortcut, and lane {policy.action.profile} has no third leg: "
         "its connections stay inspected; give the lane a `legC` in the settings"
         for policy in policies.policies

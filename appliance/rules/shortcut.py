@@ -82,12 +82,17 @@ def rewrite_bypass(rule: Rule, *, shortcut: bool) -> Rule:
         return rule
     head, _, body = rule.text.partition("(")
     parts = _OPTION.findall(body.rpartition(")")[0])
-    kept = "".join(part for part in parts if part.strip(" \t;").lower() != "bypass")
+    kept = "".join(part for part in parts if find_option_name(part) != "bypass")
     if shortcut and rule.action == "alert":
         mark = find_trigger_mark(Trigger.RULE)
         kept += f" nfq_set_mark:0x{mark:x}/0x{mark:x}; flowbits:set,{RULE_BIT};"
     options = tuple(option for option in rule.options if option[0] != "bypass")
     return replace(rule, text=f"{head}({kept.strip()})", options=options)
+
+
+def find_option_name(part: str) -> str:
+    """Of an option as it is written, e.g. ``Bypass : ;``: Suricata takes the name before a colon as well."""
+    return part.rstrip(" \t;").partition(":")[0].strip(" \t").lower()
 
 
 def has_bypass(rule: Rule) -> bool:

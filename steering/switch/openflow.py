@@ -205,6 +205,8 @@ def parse_shunned(line: str) -> Shunned | None:
     return Shunned(find_shun_id(match), match, owner[1], most - age, counter.packets, counter.bytes)
 
 
+# What a SYN makes of a connection's flows, as OVS prints it in OpenFlow 1.5 and before.
+ENDED = ("set_field:0->reg7", "load:0->NXM_NX_REG7[]")
 _TAKEN = re.compile(
     r"cookie=(0x[0-9a-f]+), duration=([0-9.]+)s, table=\d+, n_packets=(\d+), n_bytes=(\d+), "
     r"((?:[a-z_]+=[^,]*, )*)priority=\d+,(\S+) actions="
@@ -221,6 +223,8 @@ def parse_taken(line: str) -> Taken | None:
     found = _TAKEN.search(line)
     if found is None:
         parse_flow_counter(line)
+        return None
+    if line.rstrip().endswith(ENDED):
         return None
     cookie, age, packets, size, rest, match = found.groups()
     idle = _IDLE.search(rest)

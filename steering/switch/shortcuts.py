@@ -81,6 +81,7 @@ class Shortcuts:
         seconds = time.monotonic() - began
         async with self._lock:
             # A reconcile that was under way may have taught them again meanwhile.
+            self.hold(held)
             await self._switch.send_lines(lines)
         return seconds
 

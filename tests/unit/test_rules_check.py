@@ -179,7 +179,17 @@ BYPASS = {
         True,
         "nfq_set_mark:0x2000000/0x2000000; flowbits:set,hairpin.rule;",
     ),
+    # Suricata takes the name before a colon, whatever stands behind it.
+    **{
+        f"written {spelling!r}": (
+            rule(spelling, action="alert"),
+            True,
+            "nfq_set_mark:0x2000000/0x2000000;",
+        )
+        for spelling in ("bypass:;", "bypass: ;", "Bypass : ;", "bypass\t:;", " bypass:  ;")
+    },
     "no third leg": (rule("bypass;", action="alert"), False, ""),
+    "no third leg, with a colon": (rule("bypass:;", action="alert"), False, ""),
     "a drop": (rule("bypass;", action="drop"), True, ""),
     "a word in a content": (
         rule('content:"a\\; bypass\\;"; bypass;', action="alert"),

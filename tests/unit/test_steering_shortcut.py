@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from steering.compile import compile_program
 from steering.decide import resolve_machines
 from steering.errors import WrongInput
 from steering.model import (
+    Deny,
     Family,
     Inspect,
     OnFailure,
@@ -22,6 +24,7 @@ from steering.model import (
     Trigger,
 )
 from steering.parse import parse_documents, render_documents
+from steering.pipeline import Table
 from steering.shortcut import (
     HOLD_SECONDS,
     PRIORITY_CODES,
@@ -120,8 +123,8 @@ def test_each_trigger_has_a_code_of_its_own_and_none_has_that_of_plain_frames() 
 
 def test_a_shortcut_without_a_way_is_told_and_the_policy_inspects() -> None:
     policies = build_policies("backup")
-    assert find_shortcut_problems(policies, THREE_LEGGED) == ()
-    assert find_shortcut_problems(policies, LANES) == (
+    assert find_shortcut_problems(policies, THREE_LEGGED, ()) == ()
+    assert find_shortcut_problems(policies, LANES, ()) == (
         "policy backup asks for a shortcut, and lane prevent has no third leg: its connections stay "
         "inspected; give the lane a `legC` in the settings",
     )
@@ -172,3 +175,22 @@ def test_a_policy_without_a_shortcut_is_never_held() -> None:
         replace(one, action=Inspect(Profile.PREVENT, OnFailure.OPEN)) for one in policies.policies
     )
     assert find_held(Return(), replace(policies, policies=plain), ()) == frozenset()
+
+
+def test_a_deny_the_other_way_withholds_the_shortcut_and_is_told() -> None:
+    """A connection that came back would be cut by it, as conntrack missed what the shortcut passed."""
+    policies = build_policies("backup")
+    deny = Policy(
+        "never", 300, (Peer(vm="vm-2"),), (Peer(vm="vm-1"),), (Service(),), (Family.IPV4,), Deny()
+    )
+    with_deny = replace(policies, policies=(*policies.policies, deny))
+    machines = resolve_machines(with_deny, (build_port(1), build_port(2)))
+    (problem,) = find_shortcut_problems(with_deny, THREE_LEGGED, machines)
+    assert "policy never denies the other way" in problem
+    program = compile_program(with_deny, machines, THREE_LEGGED)
+    assert not [flow for flow in program.flows if flow.table in (Table.TAKE, Table.TEACH)]
+    assert not [flow for flow in program.flows if "->reg8" in flow.actions]
+    lower = replace(with_deny, policies=(*policies.policies, replace(deny, priority=99)))
+    assert find_shortcut_problems(lower, THREE_LEGGED, machines) == ()
+    compiled = compile_program(lower, machines, THREE_LEGGED)
+    assert [flow for flow in compiled.flows if flow.table is Table.TEACH]

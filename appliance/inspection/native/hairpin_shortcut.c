@@ -43,7 +43,7 @@ static const uint32_t FINAL = UINT32_C(1) << 31;
 enum { ACCEPT = 1 };
 
 enum { FIN = 1, SYN = 2, RST = 4, PUSH = 8, ACK = 16 };
-enum { STRAGGLER_BYTES = 1000000 };
+enum { TAKEN_MS = 1000, STRAGGLER_BYTES = 1000000 };
 enum { SETS = 8192, WAYS = 8, LOCKS = 64, WAITING = HAIRPIN_WAITING };
 enum { WRAP = IPV4_HEADER + 4 + 4 + 4, LONGEST = 65535, LONGEST_HEADERS = 512 };
 /* Packets of an engine's flow may be timed by another clock, whole seconds: kept a little longer than it. */
@@ -77,7 +77,7 @@ struct entry {
     uint32_t epoch;   /* 0: the engine sees it as it is */
     uint8_t used, gone;
     uint8_t speaker, settled; /* see find_identity() */
-    int64_t last; /* ms */
+    int64_t last, since; /* ms; of the last packet, and since when it is gone */
 };
 
 struct waiting {
@@ -346,7 +346,8 @@ static int find_identity(const struct segment *segment, int64_t now, uint32_t *e
         entry = NULL;
     }
     if (entry != NULL) {
-        if ((segment->flags & (SYN | ACK)) == SYN) {
+        if ((segment->flags & (SYN | ACK)) == SYN && entry->gone) {
+            /* Only of one that is gone: else whoever sends a SYN could tear what the engine sees in two. */
             renew(entry, RENEWED);
         } else if (entry->gone && !is_straggler(entry, segment)) {
             renew(entry, RETURNED);
@@ -377,6 +378,12 @@ static int enter(const struct waiting *packet, int64_t now)
     entry = find_entry(table[set], &packet->tuple);
     if (entry != NULL) {
         /* Of one verdict's packets the engine saw all, before the first of them was noted. */
+        /*
+         * What the switch did not take within that time it will not: it is full, or was told to send all back,
+         * or the third leg leads nowhere. So the connection goes on as it did before, for good.
+         */
+        if (now - entry->since > TAKEN_MS)
+            entry->gone = 0;
         done = entry->gone;
         advance(&entry->next[packet->direction], packet->end);
         advance(&entry->next[!packet->direction], packet->ack);
@@ -392,7 +399,7 @@ static int enter(const struct waiting *packet, int64_t now)
             entry->tuple = packet->tuple;
             entry->next[packet->direction] = packet->end;
             entry->next[!packet->direction] = packet->ack;
-            entry->last = now;
+            entry->last = entry->since = now;
             entry->used = entry->gone = 1;
             atomic_fetch_add(&present, 1);
             atomic_fetch_add_explicit(&state[PRESENT], 1, memory_order_relaxed);
@@ -562,7 +569,7 @@ void hairpin_forget(uint32_t id, uint32_t verdict, int batch)
 
     if (verdict != ACCEPT)
         pin_all(taken, number);
-    if (batch)
+    if (batch || waiting_count == 0)
         lost = 0;
 }
 
@@ -575,7 +582,7 @@ uint32_t hairpin_decide(uint32_t id, uint32_t verdict, uint32_t mark, int batch,
 
     /* Nobody but this library may say so. */
     mark &= ~FINAL;
-    if (batch)
+    if (batch || waiting_count == 0)
         lost = 0;
     if (verdict != ACCEPT)
         pin_all(taken, number);
