@@ -95,8 +95,28 @@ class _Tail:
     attributor: Attributor
     bookmarks: dict[tuple[int, int], Bookmark] = field(default_factory=dict)
     next_generation: int = 1
+    finished: set[int] = field(default_factory=set)
+    """Generations whose file this reader gave up, or was about to: none of it is owed."""
     missing_since: dict[tuple[int, int], float] = field(default_factory=dict)
     status: LaneStatus = LaneStatus("")
+
+    def keep(self, bookmark: Bookmark) -> None:
+        """The only one of its generation: of a file whose disk has another number now, too."""
+        for identity, one in tuple(self.bookmarks.items()):
+            if one.generation == bookmark.generation:
+                del self.bookmarks[identity]
+                self.missing_since.pop(identity, None)
+        self.bookmarks[bookmark.identity] = bookmark
+        self.finished.discard(bookmark.generation)
+
+    def finish(self, bookmark: Bookmark) -> None:
+        """As `finish_bookmark`: the last finished ones are kept, for their files may come back."""
+        self.finished.add(bookmark.generation)
+        for identity, one in tuple(self.bookmarks.items()):
+            old = one.generation < bookmark.generation - _FINISHED_KEPT
+            if old and one.generation in self.finished:
+                del self.bookmarks[identity]
+        self.finished.intersection_update(one.generation for one in self.bookmarks.values())
 
 
 class Ingest:
@@ -170,9 +190,8 @@ class Ingest:
                 write.db, "SELECT * FROM bookmarks WHERE lane = ?", (tail.lane.name,)
             )
         )
-        tail.bookmarks = index_bookmarks(
-            parse_bookmark_row(row) for row in rows if row["finished_at"] is None
-        )
+        tail.bookmarks = index_bookmarks(map(parse_bookmark_row, rows))
+        tail.finished = {int(row["generation"]) for row in rows if row["finished_at"] is not None}
         tail.next_generation = 1 + max((int(row["generation"]) for row in rows), default=0)
 
     async def _step(self, tail: _Tail) -> tuple[bool, str]:
@@ -221,6 +240,9 @@ class Ingest:
         known = tail.bookmarks.get(batch.bookmark.identity)
         if known == batch.bookmark:
             return
+        if known is not None and known.generation in tail.finished:
+            # Its inode was used again: of a file that was given up nothing is owed.
+            batch = replace(batch, replaced=False)
         prepared = await asyncio.to_thread(self._prepare, tail, batch)
         now = self._clock()
         canaries: frozenset[int] = frozenset()
@@ -234,7 +256,7 @@ class Ingest:
             return commit_batch(write, tail.lane, batch, prepared, canaries, now)
 
         latest = await self._store.write_alerts(commit)
-        tail.bookmarks[batch.bookmark.identity] = batch.bookmark
+        tail.keep(batch.bookmark)
         tail.next_generation = max(tail.next_generation, batch.bookmark.generation + 1)
         status = tail.status
         tail.status = replace(
@@ -286,13 +308,16 @@ class Ingest:
         if self._clock() - batch.changed_at < self._grace:
             return
         bookmark = batch.bookmark
+        if bookmark.generation not in tail.finished:
+            # Before the file goes: a kill in between must not leave an open bookmark of an inode
+            # that is free to be used again.
+            now = self._clock()
+            await self._store.write_alerts(
+                lambda write: finish_lane_file(write, bookmark, batch.path.name, batch.torn, now)
+            )
+            tail.finish(bookmark)
         if not await asyncio.to_thread(remove_rotated, batch.path, tail.live, bookmark):
             return
-        now = self._clock()
-        await self._store.write_alerts(
-            lambda write: finish_lane_file(write, bookmark, batch.path.name, batch.torn, now)
-        )
-        tail.bookmarks.pop(bookmark.identity, None)
         log.info("EVE file drained and deleted", file=str(batch.path), bytes=bookmark.offset)
 
     async def _note_vanished(self, tail: _Tail, seen: set[tuple[int, int]]) -> None:
@@ -302,7 +327,8 @@ class Ingest:
         """
         now = self._clock()
         for identity, bookmark in tuple(tail.bookmarks.items()):
-            since = None if identity in seen else tail.missing_since.get(identity, now)
+            known = identity in seen or bookmark.generation in tail.finished
+            since = None if known else tail.missing_since.get(identity, now)
             if since is None:
                 tail.missing_since.pop(identity, None)
                 continue
@@ -310,7 +336,8 @@ class Ingest:
             if now - since < self._grace:
                 continue
             await self._store.write_alerts(partial(note_vanished, bookmark=bookmark, now=now))
-            del tail.bookmarks[identity], tail.missing_since[identity]
+            tail.finish(bookmark)
+            del tail.missing_since[identity]
 
     async def _change_fault(self, tail: _Tail, fault: str) -> None:
         """The step went through; record a new fault of a single file, or the end of one."""
@@ -379,6 +406,18 @@ def commit_batch(
             " and what was not read before is lost",
             subject=lane.name,
             detail={"file": batch.path.name},
+        )
+        # The one that is superseded would come back at the next start.
+        write.db.execute(
+            "UPDATE bookmarks SET finished_at = ? WHERE lane = ? AND device = ? AND inode = ?"
+            " AND generation < ? AND finished_at IS NULL",
+            (
+                now,
+                lane.name,
+                str(batch.bookmark.device),
+                str(batch.bookmark.inode),
+                batch.bookmark.generation,
+            ),
         )
     row = build_bookmark_row(batch.bookmark)
     write.db.execute(insert_sql("bookmarks", row).replace("INSERT", "INSERT OR REPLACE", 1), row)

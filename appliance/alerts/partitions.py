@@ -100,6 +100,7 @@ class Partitions:
         self._db: Database | None = None
         self._writer: Writer | None = None
         self._notes_wait = False
+        self._closed = False
         directory.mkdir(mode=0o700, exist_ok=True)
         directory.chmod(0o700)
         for stale in directory.glob("*.new*"):
@@ -108,11 +109,8 @@ class Partitions:
         self._all: tuple[Partition, ...] = tuple(map(self._load, find_paths(directory)))
         if not self._all:
             self._start(*self._find_beginning())
-        elif self._all[-1].ended is not None:
-            # The process ended between a partition's end and its successor's beginning.
-            self._begin_next()
         else:
-            self._open_newest()
+            self._resume()
         self._deliver()
 
     @property
@@ -128,6 +126,7 @@ class Partitions:
 
     def transact(self, change: Callable[[AlertWrite], T]) -> T:
         """Run ``change`` in one transaction of the youngest partition; nothing of it stays if it raises."""
+        self._resume_if_stopped()
         self._roll_if_due()
         db = self._open_db
         try:
@@ -201,6 +200,7 @@ class Partitions:
             connection.close()
 
     def close(self) -> None:
+        self._closed = True
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -212,6 +212,7 @@ class Partitions:
 
     def roll(self) -> None:
         """End the youngest partition and begin the next. Notes that wait keep it from ending."""
+        self._resume_if_stopped()
         self._deliver()
         if self._notes_wait:
             return
@@ -236,6 +237,17 @@ class Partitions:
         if old or self._writer.last >= self._limits.alerts:
             self.roll()
 
+    def _resume_if_stopped(self) -> None:
+        if self._db is None and not self._closed:
+            self._resume()
+
+    def _resume(self) -> None:
+        """Also where a process, or a full disk, stopped between an end and the next beginning."""
+        if self._load(self._all[-1].path).ended is None:
+            self._open_newest()
+        else:
+            self._begin_next()
+
     def _begin_next(self) -> None:
         newest = self._all[-1]
         if self._db is not None:
@@ -245,12 +257,12 @@ class Partitions:
             database = Database(connection, execute_plugins=False)
             bookmarks = find_rows(database, "SELECT * FROM bookmarks", ())
         ended = self._load(newest.path)
-        self._start(ended.base + (ended.alerts or 0), bookmarks)
         with self._lock:
             stale = self._idle.pop(newest, [])
-            self._all = tuple(ended if one.path == ended.path else one for one in self._all)
+            self._all = (*self._all[:-1], ended)
         for connection in stale:
             connection.close()
+        self._start(ended.base + (ended.alerts or 0), bookmarks)
 
     def _start(self, base: int, bookmarks: list[dict[str, Any]]) -> None:
         path = build_path(self._directory, base)
@@ -281,6 +293,7 @@ class Partitions:
                 Database(connection, execute_plugins=False), "SELECT * FROM span", ()
             )
             busy = 1
+            connection.execute("PRAGMA busy_timeout = 100")  # a long question holds nobody up
             if row["ended"] is not None:
                 busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         return Partition(path, settled=not busy, **row)
@@ -304,6 +317,13 @@ class Partitions:
         """Files whose removal was recorded, and then not done."""
         for row in find_rows(self._main, "SELECT name FROM dropped_partitions", ()):
             _unlink(self._directory / f"{row['name']}.db")
+        _sync(self._directory)
+        # A partition of the same name may begin one day; it is not the one that was removed.
+        with self._main.atomic():
+            for table, column in (("notes_taken", "partition"), ("dropped_partitions", "name")):
+                self._main.execute(
+                    f"DELETE FROM {table} WHERE {column} IN (SELECT name FROM dropped_partitions)"  # noqa: S608
+                )
 
 
 def take_notes(main: Database, name: str, notes: list[tuple[int, str]]) -> None:
@@ -325,6 +345,7 @@ def take_notes(main: Database, name: str, notes: list[tuple[int, str]]) -> None:
 def create_partition(path: Path, base: int, began: float, bookmarks: list[dict[str, Any]]) -> None:
     """An empty partition at ``path``, whole or not at all."""
     new = path.with_name(path.name + ".new")
+    _unlink(new)  # of an attempt that failed, on a full disk
     descriptor = os.open(
         new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
     )
@@ -339,11 +360,16 @@ def create_partition(path: Path, base: int, began: float, bookmarks: list[dict[s
                 database.execute(insert_sql("bookmarks", row), row)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.rename(new, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    """What was renamed or removed in it outlives a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def _connect_writer(path: Path) -> sqlite3.Connection:

@@ -12,6 +12,7 @@ batch (https://www.sqlite.org/pragma.html#pragma_synchronous).
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import sqlite3
@@ -43,8 +44,12 @@ class StoreError(HairpinError):
         self.full = full
 
 
-def explain_fault(path: Path, fault: sqlite3.Error) -> StoreError:
-    """What a failure of SQLite means for ``path``, and what to do about it."""
+def explain_fault(path: Path, fault: sqlite3.Error | OSError) -> StoreError:
+    """What a failure of SQLite or of the disk means for ``path``, and what to do about it."""
+    if isinstance(fault, OSError):
+        full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free space on" if full else "check"
+        return StoreError(f"{path}: {fault}", f"{mend} the disk of {path}", full=full)
     code = getattr(fault, "sqlite_errorcode", None)
     reason = f"database {path}: {fault}"
     primary = None if code is None else code & 0xFF
@@ -156,7 +161,7 @@ class Store:
     def _guard(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except sqlite3.Error as fault:
+        except (sqlite3.Error, OSError) as fault:
             raise explain_fault(find_directory(self.path), fault) from fault
 
     def _write(self, change: Callable[[Database], T]) -> T:
@@ -196,7 +201,7 @@ class Store:
                 find_directory(self.path), database, self._limits, self._clock
             )
             return database
-        except sqlite3.Error as fault:
+        except (sqlite3.Error, OSError) as fault:
             raise explain_fault(self.path, fault) from fault
 
     def _open_reader(self) -> Database:

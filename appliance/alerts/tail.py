@@ -131,9 +131,11 @@ def read_batch(
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is no regular file")
         found = known.get((status.st_dev, status.st_ino))
+        if found is None:
+            found = _find_moved(descriptor, known.values(), status)
         fits = found is not None and _check_fits(descriptor, found, status.st_size)
         start = (
-            found
+            replace(found, device=status.st_dev)
             if found is not None and fits
             else Bookmark(lane, next_generation, status.st_dev, status.st_ino)
         )
@@ -197,6 +199,20 @@ def index_bookmarks(bookmarks: Iterable[Bookmark]) -> dict[tuple[int, int], Book
     """By identity; of two for one inode (it was used again) the younger."""
     ordered = sorted(bookmarks, key=lambda bookmark: bookmark.generation)
     return {bookmark.identity: bookmark for bookmark in ordered}
+
+
+def _find_moved(
+    descriptor: int, known: Iterable[Bookmark], status: os.stat_result
+) -> Bookmark | None:
+    """The one whose file this is, on a disk that has got another number (a reboot); None if not sure."""
+    fitting = [
+        one
+        for one in known
+        if one.inode == status.st_ino
+        and one.fingerprint.length > 0
+        and _check_fits(descriptor, one, status.st_size)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _check_fits(descriptor: int, bookmark: Bookmark, size: int) -> bool:

@@ -245,6 +245,105 @@ async def test_a_file_that_someone_else_removed_is_told_once(store: Store, live:
     assert event.detail["offset"] == len(render_eve(src_port=1)) + 1
 
 
+async def test_a_directory_that_was_away_doubles_nothing(store: Store, live: Path) -> None:
+    append(live, 1, 2, 3)
+    away = live.parent.with_name("away")
+    async with running(store, live, grace_seconds=0.1):
+        await wait_for(store, 3)
+        live.parent.rename(away)
+
+        async def told() -> bool:
+            return bool((await find_events(store, EventFilter(kind="eve.vanished"))).items)
+
+        await wait_until(told)
+        away.rename(live.parent)
+        append(live, 4)
+        assert ports(await wait_for(store, 4)) == [1, 2, 3, 4]
+        live.parent.rename(away)
+    away.rename(live.parent)
+    append(live, 5)
+    async with running(store, live):
+        assert ports(await wait_for(store, 5)) == [1, 2, 3, 4, 5]
+    assert (await find_events(store, EventFilter(kind="eve.replaced"))).items == ()
+
+
+async def test_another_device_number_doubles_nothing(store: Store, live: Path) -> None:
+    """As after a reboot. A real one can't be had here, so the bookmark is given another."""
+    append(live, 1, 2)
+    async with running(store, live):
+        await wait_for(store, 2)
+    await store.write_alerts(
+        lambda write: write.db.execute("UPDATE bookmarks SET device = device + 1")
+    )
+    append(live, 3)
+    async with running(store, live, grace_seconds=0.1):
+        assert ports(await wait_for(store, 3)) == [1, 2, 3]
+        await asyncio.sleep(0.3)
+    assert (await find_events(store, EventFilter(kind="eve."))).items == ()
+
+
+async def test_an_inode_that_is_used_again_after_a_kill_is_no_replaced_file(
+    store: Store, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader ends right after it removed a drained file, and the inode is used again.
+
+    Where the disk gives inodes away, only it knows; the bookmark is given that of the next file.
+    """
+
+    def remove(path: Path, *arguments: Any) -> bool:
+        path.unlink()
+        raise OSError("the process ends here")
+
+    append(live, *range(1, 10))
+    rotated = live.rename(live.parent / "eve.json.17")
+    append(live, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("appliance.alerts.ingest.remove_rotated", remove)
+        async with running(store, live, grace_seconds=0.0):
+            await wait_for(store, 10)
+            await wait_gone(rotated)
+    live.rename(live.parent / "eve.json.18")
+    append(live, 11)
+    status = live.stat()
+    await store.write_alerts(
+        lambda write: write.db.execute(
+            "UPDATE bookmarks SET inode = ? WHERE generation = 1", (str(status.st_ino),)
+        )
+    )
+    async with running(store, live):
+        assert ports(await wait_for(store, 11)) == list(range(1, 12))
+    assert (await find_events(store, EventFilter(kind="eve."))).items == ()
+
+
+async def test_a_superseded_bookmark_does_not_come_back(store: Store, live: Path) -> None:
+    append(live, 1, 2)
+    async with running(store, live):
+        await wait_for(store, 2)
+        os.truncate(live, 0)
+        append(live, 7, 8, 9)
+        await wait_for(store, 5)
+    open_ones = await store.write_alerts(
+        lambda write: [
+            row["generation"]
+            for row in write.db.query("SELECT generation FROM bookmarks WHERE finished_at IS NULL")
+        ]
+    )
+    assert open_ones == [2]
+
+
+async def test_bookmarks_of_files_that_are_gone_do_not_pile_up(store: Store, live: Path) -> None:
+    append(live, 0)
+    async with running(store, live, grace_seconds=0.0) as ingest:
+        for number in range(1, 40):
+            rotated = live.rename(live.parent / f"eve.json.{number}")
+            append(live, number)
+            await wait_gone(rotated)
+        await wait_for(store, 40)
+        (tail,) = ingest._tails
+        assert len(tail.bookmarks) <= 20
+        assert len(tail.finished) <= 20
+
+
 async def test_a_bookmark_that_cannot_be_stored_takes_its_alerts_with_it(
     store: Store, live: Path
 ) -> None:
