@@ -94,7 +94,7 @@ def _build(
             other[flow] = "modify"
     for flow in sort_flows(other):
         changes.append(Change(other[flow], str(flow), _flow_command("add", flow)))
-    for old in left.values():
+    for old in sorted(left.values(), key=lambda flow: flow.key):
         changes.append(Change("delete", str(old), _delete_flow_command(old)))
     wanted_ids = {group.group_id for group in want_groups}
     gone = [group for group in have_groups if group.group_id not in wanted_ids]

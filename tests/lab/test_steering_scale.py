@@ -31,7 +31,7 @@ MOST_ARRIVAL_SECONDS = 3.0
 
 def build_port_args(port: Port) -> list[str]:
     return [
-        *("--", "add-port", "br-int", port.interface),
+        *("--", "--may-exist", "add-port", "br-int", port.interface),
         *("--", "set", "Interface", port.interface, "type=internal"),
         f"ofport_request={port.ofport}",
         f'external_ids:attached-mac="{port.mac}"',
