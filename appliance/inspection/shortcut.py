@@ -59,6 +59,7 @@ class LibraryFigures:
     refused_mixed: int
     too_long: int
     wrapped: int
+    repeated: int
 
 
 def build_state_file(idle_seconds: int) -> bytes:

@@ -151,6 +151,28 @@ def test_what_came_back_is_inspected_again_and_lives(
     assert EXPLOIT not in appliance.read_requests("app-1")
 
 
+def test_the_balance_closes_over_shortcuts_and_returns(
+    appliance: Appliance, policies: list[dict[str, Any]]
+) -> None:
+    """What came back by the third leg, and what the engine was shown twice, is accounted for."""
+    for _ in range(3):
+        with open_session(appliance, "web-1", "app-1") as session:
+            let_go(appliance, session)
+            assert appliance.api("/shortcuts", "DELETE").status == 200
+            for _ in range(3):
+                assert session.get("/") is not None
+    time.sleep(8)  # the engine's figures are up to 4 s old
+
+    def read(name: str) -> float:
+        lines = appliance.api("/metrics").document.splitlines()
+        return float(
+            next(one for one in lines if one.startswith(f'{name}{{lane="prevent"}}')).split()[1]
+        )
+
+    assert wait_until(lambda: read("hairpin_balance_closes") == 1, 20)
+    assert abs(read("hairpin_balance_unexplained_packets")) <= 2
+
+
 def test_the_trade_is_as_told_an_attack_behind_the_trigger_is_delivered(
     appliance: Appliance, policies: list[dict[str, Any]]
 ) -> None:
