@@ -27,7 +27,7 @@ MAGIC = b"HAIRPIN1"
 ALLOWED_SECONDS = 6.0
 """So long the library lets connections go after it was last allowed to; `inspect` says so every 2 s."""
 
-_WORDS = struct.Struct("=8s12Q")
+_WORDS = struct.Struct("=8s13Q")
 _UNTIL = struct.Struct("=Q")
 UNTIL_AT = 8
 """Where in the file the time stands until which connections may be let go (CLOCK_MONOTONIC, ns)."""

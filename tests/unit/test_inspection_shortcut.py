@@ -64,14 +64,14 @@ def test_the_library_has_the_same_numbers() -> None:
 def test_the_file_is_read_as_it_was_written() -> None:
     content = build_state_file(300)
     assert len(content) == STATE_SIZE
-    assert parse_state_file(content) == LibraryFigures(0, 300, *(0,) * 10)
+    assert parse_state_file(content) == LibraryFigures(0, 300, *(0,) * 11)
     later = content[:UNTIL_AT] + build_until(2.5) + content[UNTIL_AT + 8 :]
-    assert parse_state_file(later) == LibraryFigures(2_500_000_000, 300, *(0,) * 10)
+    assert parse_state_file(later) == LibraryFigures(2_500_000_000, 300, *(0,) * 11)
     assert parse_state_file(b"") is None
     assert parse_state_file(b"X" * STATE_SIZE) is None
 
 
-FIGURES = LibraryFigures(1, 300, 77, 3, 5, 2, 1, 0, 0, 4, 0, 9)
+FIGURES = LibraryFigures(1, 300, 77, 3, 5, 2, 1, 0, 0, 4, 0, 9, 2)
 
 
 @pytest.mark.parametrize(
