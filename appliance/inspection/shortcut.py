@@ -64,7 +64,7 @@ class LibraryFigures:
 
 def build_state_file(idle_seconds: int) -> bytes:
     """The whole file as it is before an engine starts: nothing may go yet."""
-    return _WORDS.pack(MAGIC, 0, idle_seconds, *(0,) * 10).ljust(STATE_SIZE, b"\0")
+    return _WORDS.pack(MAGIC, 0, idle_seconds, *(0,) * 11).ljust(STATE_SIZE, b"\0")
 
 
 def build_until(until: float) -> bytes:
