@@ -53,8 +53,6 @@ APART_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 ENGINES_SECONDS = 1.0
 AT_ONCE = 16
-HEAD_START_SECONDS = 0.02
-"""For which a return waits for what there is to be read, to tell exactly how many it ends."""
 MOST_LINES = 2_000
 """Returns that would take more deletes than that send back all of their policies instead."""
 
@@ -371,19 +369,19 @@ class ShortcutWork:
     ) -> tuple[tuple[TakenConnection, ...], float]:
         """Raises SwitchError."""
         known = {one.id: one for one in self._watch.connections}
-        peeking = asyncio.create_task(self._watch.peek())
+        returning = asyncio.create_task(self._reconciler.return_shortcuts(wanted))
         try:
-            in_time, _ = await asyncio.wait({peeking}, timeout=HEAD_START_SECONDS)
-            seconds = await self._reconciler.return_shortcuts(wanted)
+            await asyncio.sleep(0)  # the return goes first, and the look beside it
             try:
-                seen = {one.id: one for one in await peeking}
+                seen = {one.id: one for one in await self._watch.peek()}
             except HairpinError as fault:
                 log.debug("not looked at before", reason=fault.reason)
-                seen = known
+                seen = {}
+            seconds = await returning
         finally:
-            peeking.cancel()
-        # What was read too late may be without those: then the last look tells of them.
-        found = find_named(wanted, (seen if in_time else known | seen).values())
+            returning.cancel()
+        # The look may come too late for those: then the one before it, a second old, tells of them.
+        found = find_named(wanted, (known | seen).values())
         if found:
             self._watch.note_returned(found)
             await self._tell(cause, why, found, seconds)

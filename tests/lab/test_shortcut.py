@@ -7,6 +7,7 @@ import select
 import socket
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +162,7 @@ def test_the_balance_closes_over_shortcuts_and_returns(
             assert appliance.api("/shortcuts", "DELETE").status == 200
             for _ in range(3):
                 assert session.get("/") is not None
+        time.sleep(1.2)  # for so long nothing is learned after a return
     time.sleep(8)  # the engine's figures are up to 4 s old
 
     def read(name: str) -> float:
@@ -268,21 +270,34 @@ def test_all_are_inspected_within_50_milliseconds(
         appliance.lab.service_host,
         lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)),
     )
-    took = []
-    with watch, open_session(appliance, "web-1", "app-1") as session:
+    took, answered = [], []
+    with watch:
         watch.bind((device, 3))
         watch.setblocking(False)
-        mark = session.port.to_bytes(2, "big") + (80).to_bytes(2, "big")
-        for _ in range(1):
-            let_go(appliance, session)
-            session.tell("trickle", 600, 0.001)
-            time.sleep(0.2)
-            _drain(watch)
-            began = time.monotonic()
-            assert appliance.api("/shortcuts", "DELETE").status == 200
-            took.append(_wait_marked(watch, mark, began) - began)
-            session.hear()
-    print(f"\n{statistics.median(took) * 1000:.1f} ms until the first frame is inspected")
+        for _ in range(7):
+            with open_session(appliance, "web-1", "app-1") as session:
+                mark = session.port.to_bytes(2, "big") + (80).to_bytes(2, "big")
+                let_go(appliance, session)
+                session.tell("trickle", 600, 0.001)
+                time.sleep(0.2)
+                _drain(watch)
+                began = time.monotonic()
+                asking = threading.Thread(
+                    target=lambda began=began: (
+                        appliance.api("/shortcuts", "DELETE"),
+                        answered.append(time.monotonic() - began),
+                    )
+                )
+                asking.start()
+                took.append(_wait_marked(watch, mark, began) - began)
+                asking.join()
+                session.hear()
+            time.sleep(1.2)
+    shown = ", ".join(f"{one * 1000:.0f}" for one in took)
+    print(
+        f"\n{shown} ms until the first frame is inspected; answered after "
+        f"{statistics.median(answered) * 1000:.0f} ms"
+    )
     assert statistics.median(took) < MOST_SECONDS
 
 
