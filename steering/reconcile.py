@@ -48,7 +48,6 @@ log = structlog.get_logger("reconcile")
 GROUP_CHECK_SECONDS = 1.0  # the flow monitor tells of flows at once, but not of groups
 FULL_CHECK_SECONDS = 5.0
 RETRY_SECONDS = 0.2
-READ_BACK_AFTER_SECONDS = 0.05
 OWN_CHANGE_SECONDS = 2.0  # until which the flow monitor has told of what we changed ourselves
 
 
@@ -284,8 +283,6 @@ class Reconciler:
                     self._wake.set()  # should it not be put back here, it is by the next reconcile
                     await self._restore(former)
                     raise
-                # A dump of all flows holds up the switch's own thread, which has packets to look at now.
-                await asyncio.sleep(READ_BACK_AFTER_SECONDS)
                 left = await self._find_difference(plan.program)
                 if left:
                     await self._send(left)
