@@ -177,6 +177,11 @@ def build_path(directory: Path, base: int) -> Path:
     return directory / f"alerts-{base:016d}.db"
 
 
+def read_base(path: Path) -> int:
+    """The base that the name of a partition's file tells."""
+    return int(path.stem.removeprefix("alerts-"))
+
+
 def find_paths(directory: Path) -> tuple[Path, ...]:
     """The partitions in ``directory``, oldest first."""
     return tuple(sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)))

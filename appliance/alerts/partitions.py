@@ -21,14 +21,18 @@ from typing import Any, TypeVar
 import structlog
 from sqlite_utils import Database
 
+from appliance.alerts import losses
 from appliance.alerts.history import find_rows, record_event, record_repeated
+from appliance.alerts.packing import Damaged, is_damage
 from appliance.alerts.partition import (
     PAGE_BYTES,
     Partition,
     build_path,
     find_paths,
     migrations,
+    read_base,
 )
+from appliance.alerts.reading import find_last
 from appliance.alerts.rows import insert_sql
 from appliance.alerts.writing import Writer
 
@@ -106,11 +110,8 @@ class Partitions:
         for stale in directory.glob("*.new*"):
             stale.unlink()
         self._finish_drops()
-        self._all: tuple[Partition, ...] = tuple(map(self._load, find_paths(directory)))
-        if not self._all:
-            self._start(*self._find_beginning())
-        else:
-            self._resume()
+        self._all: tuple[Partition, ...] = ()
+        self._begin()
         self._deliver()
 
     @property
@@ -159,12 +160,40 @@ class Partitions:
                 record(self._main)
                 row = {"name": partition.name, "at": self._clock()}
                 self._main.execute(insert_sql("dropped_partitions", row), row)
+                losses.record_gone(self._main, partition.base)
+        self._take_out(partition)
+
+    def note_missing(self) -> None:
+        """Tell of partitions whose files somebody removed. The one that is written to is begun anew."""
+        self._resume_if_stopped()
+        for one in [one for one in self._all[:-1] if not one.path.exists()]:
+            self._record_loss(losses.Loss(one.base, one.base + (one.alerts or 0)))
+            self._take_out(one)
+        newest = self._all[-1]
+        if self._db is None or newest.path.exists():
+            return
+        last = newest.base + find_last(self._db)
+        bookmarks = find_rows(self._db, "SELECT * FROM bookmarks", ())
+        self._close_newest()
+        self._record_loss(losses.Loss(newest.base, last))
+        _unlink(newest.path)
+        # One id on, for a name that is not the one that is gone.
+        self._start(last + 1, bookmarks)
+        self._take_out(newest)
+
+    def _take_out(self, partition: Partition) -> None:
         with self._lock:
             self._all = tuple(one for one in self._all if one.path != partition.path)
             known = [one for one in self._idle if one.path == partition.path]
             idle = [connection for one in known for connection in self._idle.pop(one)]
         for connection in idle:
             connection.close()
+
+    def _record_loss(self, loss: losses.Loss) -> None:
+        name = build_path(self._directory, loss.base).stem
+        log.error("partition gone", partition=name)
+        with self._main.atomic():
+            losses.record_loss(self._main, loss, name, self._clock())
 
     def unlink(self, partition: Partition) -> None:
         """Remove the file of a partition that was taken out. Of any thread."""
@@ -188,8 +217,10 @@ class Partitions:
             database = Database(connection, execute_plugins=False)
             with database.atomic():
                 yield database
-        except BaseException:
+        except BaseException as fault:
             connection.close()
+            if isinstance(fault, sqlite3.Error) and is_damage(fault):
+                raise Damaged(str(fault), partition.path) from fault
             raise
         with self._lock:
             count = sum(map(len, self._idle.values()))
@@ -248,11 +279,15 @@ class Partitions:
         else:
             self._begin_next()
 
-    def _begin_next(self) -> None:
-        newest = self._all[-1]
+    def _close_newest(self) -> None:
         if self._db is not None:
             self._db.close()  # the last connection but readers': what is in the log goes into the file
-            self._db = self._writer = None
+        self._db = self._writer = None
+
+    def _begin_next(self, least: int = 0) -> None:
+        """Behind the youngest, and behind the id ``least``."""
+        newest = self._all[-1]
+        self._close_newest()
         with contextlib.closing(_connect_writer(newest.path)) as connection:
             database = Database(connection, execute_plugins=False)
             bookmarks = find_rows(database, "SELECT * FROM bookmarks", ())
@@ -262,12 +297,14 @@ class Partitions:
             self._all = (*self._all[:-1], ended)
         for connection in stale:
             connection.close()
-        self._start(ended.base + (ended.alerts or 0), bookmarks)
+        self._start(max(ended.base + (ended.alerts or 0), least), bookmarks)
 
     def _start(self, base: int, bookmarks: list[dict[str, Any]]) -> None:
         path = build_path(self._directory, base)
         began = self._clock()
         create_partition(path, base, began, bookmarks)
+        with self._main.atomic():
+            losses.record_begun(self._main, base)
         with self._lock:
             self._all = (*self._all, Partition(path, base, began))
         self._open_newest()
@@ -276,6 +313,43 @@ class Partitions:
         database = Database(_connect_writer(self._all[-1].path), execute_plugins=False)
         migrations.apply(database)
         self._db, self._writer = database, Writer(database)
+
+    def _begin(self) -> None:
+        """Load what there is, tell what is gone, and open or begin the youngest."""
+        paths = find_paths(self._directory)
+        self._all = tuple(one for one in map(self._load_or_tell, paths[:-1]) if one is not None)
+        self._all += tuple(map(self._load, paths[-1:]))
+        present = {read_base(path) for path in paths}
+        highest = losses.find_highest(self._main)
+        gone = losses.find_losses(self._main, present)
+        with self._main.atomic():
+            losses.adopt(self._main, present)
+        least = 0
+        if highest is not None and (not paths or highest > max(present)):
+            least = highest + losses.SKIP_IDS
+        cursor = max(losses.load_cursors(self._main).values(), default=0)
+        if not paths:
+            base, bookmarks = self._find_beginning()
+            if highest is None and cursor > base:
+                # Of a version that did not know what was begun.
+                gone, least = (losses.Loss(base, None),), cursor + losses.SKIP_IDS
+            self._start(max(base, least, cursor), bookmarks)
+        elif least:
+            self._finish_newest()
+            self._begin_next(max(least, cursor))
+        else:
+            self._resume()
+        # Last: after a kill before here it is found and told again.
+        for loss in gone:
+            self._record_loss(loss)
+
+    def _finish_newest(self) -> None:
+        """End it, though younger ones were begun: an older state of the directory was put back."""
+        if self._all[-1].ended is None:
+            self._open_newest()
+            if self._writer is not None:
+                with self._open_db.atomic():
+                    self._writer.finish(self._clock())
 
     def _find_beginning(self) -> tuple[int, list[dict[str, Any]]]:
         """Behind the alerts of the table that was used before, with the bookmarks that cover them."""
@@ -288,10 +362,30 @@ class Partitions:
 
     def _load(self, path: Path) -> Partition:
         """What a partition tells of itself; what a killed process left in its log is put into the file."""
+        try:
+            return self._read_span(path)
+        except sqlite3.Error as fault:
+            if is_damage(fault):
+                raise Damaged(str(fault), path) from fault
+            raise
+
+    def _load_or_tell(self, path: Path) -> Partition | None:
+        """None for one that is damaged: the others are found all the same."""
+        try:
+            return self._load(path)
+        except Damaged as fault:
+            log.error("partition damaged", path=str(path), fault=str(fault))
+            with self._main.atomic():
+                losses.record_damage(self._main, path.stem, str(path), str(fault), self._clock())
+            return None
+
+    def _read_span(self, path: Path) -> Partition:
         with contextlib.closing(_connect_writer(path)) as connection:
-            (row,) = find_rows(
-                Database(connection, execute_plugins=False), "SELECT * FROM span", ()
-            )
+            database = Database(connection, execute_plugins=False)
+            rows = find_rows(database, "SELECT * FROM span", ())
+            if len(rows) != 1 or rows[0]["base"] != read_base(path):
+                raise Damaged("it is not the partition that its name tells")
+            row = rows[0]
             busy = 1
             connection.execute("PRAGMA busy_timeout = 100")  # a long question holds nobody up
             if row["ended"] is not None:

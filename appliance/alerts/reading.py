@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import zstandard
 from sqlite_utils import Database
 
 from appliance.alerts import sieve
 from appliance.alerts.eve import parse_event
 from appliance.alerts.model import Alert, Endpoint, EveAlert, Http, Opener, Signature, Verdict
+from appliance.alerts.packing import CHUNK_BYTES, TEXT_BYTES, expecting_damage, unpack
 from appliance.alerts.partition import CHUNK_ALERTS, Mark, Partition
 from appliance.alerts.wanted import AlertFilter, read_address
 from steering.model import Family
@@ -79,11 +79,12 @@ def find_alerts_in(
     plan = _plan(conn, partition, wanted, after, ascending)
     if plan.nothing:
         return []
-    if wanted.text:
-        needle = wanted.text.lower().encode("utf-8", "surrogatepass")
-        rows = _find_text(conn, plan, needle, limit, ascending)
-    else:
-        rows = _find_rows(conn, plan, limit, ascending)
+    with expecting_damage():
+        if wanted.text:
+            needle = wanted.text.lower().encode("utf-8", "surrogatepass")
+            rows = _find_text(conn, plan, needle, limit, ascending)
+        else:
+            rows = _find_rows(conn, plan, limit, ascending)
     return read_alerts(db, partition, rows)
 
 
@@ -95,9 +96,10 @@ def read_alerts(db: Database, partition: Partition, rows: Sequence[int]) -> list
     names = [column[0] for column in cursor.description]
     raw = _Raw(db.conn)
     found = {}
-    for values in cursor:
-        row = dict(zip(names, values, strict=True))
-        found[row["row"]] = _build_alert(row, raw.read(row["row"]), partition.base)
+    with expecting_damage():
+        for values in cursor:
+            row = dict(zip(names, values, strict=True))
+            found[row["row"]] = _build_alert(row, raw.read(row["row"]), partition.base)
     return [found[row] for row in rows if row in found]
 
 
@@ -298,13 +300,12 @@ def _search_blocks(
     """Rows up to ``end`` with ``needle`` in URL or payload that fulfil the plan, in order."""
     if end is not None:
         plan = replace(plan, most=end) if ascending else replace(plan, least=end)
-    unpack = zstandard.ZstdDecompressor().decompress
     check = " AND ".join(("id IN (SELECT value FROM json_each(:rows))", *plan.where))
     order = "ASC" if ascending else "DESC"
     sql = f"SELECT id FROM alerts WHERE {check} ORDER BY id {order}"  # noqa: S608
     for first in _find_pieces(conn, plan, needle, ascending):
         data = conn.execute("SELECT data FROM texts WHERE first = ?", (first,)).fetchone()[0]
-        rows = [first + place for place in _find_places(unpack(data), needle)]
+        rows = [first + place for place in _find_places(unpack(data, TEXT_BYTES), needle)]
         rows = [row for row in rows if plan.least <= row <= plan.most]
         if not rows:
             continue
@@ -423,23 +424,26 @@ def _read_sieves(
 
 
 class _Raw:
-    """Raw events by row; the chunk that was read last is kept."""
+    """Raw events by row, empty where there is none; the chunk that was read last is kept."""
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
-        self._unpack = zstandard.ZstdDecompressor().decompress
         self._first = 0
         self._lines: list[bytes] = []
 
     def read(self, row: int) -> bytes:
         if not self._first <= row < self._first + len(self._lines):
-            self._first, data = self._conn.execute(
+            found = self._conn.execute(
                 "SELECT first, data FROM chunks WHERE first > ? AND first <= ?"
                 " ORDER BY first DESC LIMIT 1",
                 (row - CHUNK_ALERTS, row),
             ).fetchone()
-            self._lines = self._unpack(data).split(b"\n")
-        return self._lines[row - self._first]
+            if found is None:
+                return b""
+            self._first = found[0]
+            self._lines = unpack(found[1], CHUNK_BYTES).split(b"\n")
+        place = row - self._first
+        return self._lines[place] if place < len(self._lines) else b""
 
 
 def _build_alert(row: dict[str, Any], raw: bytes, base: int) -> Alert:

@@ -21,6 +21,7 @@ import structlog
 from sqlite_utils import Database
 
 from appliance.alerts.history import find_rows, load_cursor, record_event, record_repeated
+from appliance.alerts.losses import count_lost
 from appliance.alerts.partition import Partition, read_size
 from appliance.alerts.store import Store, StoreError
 
@@ -80,12 +81,6 @@ def choose_drops(
         drops.append(Drop(part, one.bytes, reason, lost))
         left -= one.bytes
     return tuple(drops)
-
-
-def count_lost(before: int, last: int, cursors: Mapping[str, int]) -> dict[str, int]:
-    """Of the alerts after ``before`` up to ``last``, how many each exporter has not delivered."""
-    missing = {name: last - max(cursor, before) for name, cursor in cursors.items()}
-    return {name: count for name, count in missing.items() if count > 0}
 
 
 def record_drop(db: Database, drop: Drop, at: float) -> None:
@@ -165,6 +160,7 @@ class Retention:
     async def look(self) -> None:
         """Remove what is due. Raises StoreError or OSError."""
         now = self._clock()
+        await self._store.note_missing()
         names = self._exporters
         cursors = await self._store.read(lambda db: {name: load_cursor(db, name) for name in names})
         held = await asyncio.to_thread(self._measure)

@@ -231,3 +231,19 @@ _PARTITIONS = (
 def partition_tables(db: Database) -> None:
     for statement in _PARTITIONS:
         db.execute(statement)
+
+
+_BEGUN = (
+    # Every partition that was ever begun, so that no id comes back whatever happens to the files.
+    # `gone`: its file is not expected any more.
+    """CREATE TABLE begun (
+        base INTEGER PRIMARY KEY,
+        gone INTEGER NOT NULL DEFAULT 0
+    ) STRICT""",
+)
+
+
+@migrations()
+def begun_tables(db: Database) -> None:
+    for statement in _BEGUN:
+        db.execute(statement)

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 from sqlite_utils import Database
 
+from appliance.alerts.packing import Damaged
 from appliance.alerts.partition import Partition
 from appliance.alerts.partitions import AlertWrite, Limits, Partitions
 from appliance.alerts.schema import migrations
@@ -50,6 +51,9 @@ def explain_fault(path: Path, fault: sqlite3.Error | OSError) -> StoreError:
         full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free space on" if full else "check"
         return StoreError(f"{path}: {fault}", f"{mend} the disk of {path}", full=full)
+    if isinstance(fault, Damaged) and fault.path is not None:
+        mend = "restore it from a backup, or move it away: alerts go on without it"
+        return StoreError(f"{fault.path} is damaged: {fault}", mend)
     code = getattr(fault, "sqlite_errorcode", None)
     reason = f"database {path}: {fault}"
     primary = None if code is None else code & 0xFF
@@ -128,6 +132,12 @@ class Store:
         """End the youngest partition, if there is anything in it. Raises StoreError."""
         await asyncio.get_running_loop().run_in_executor(
             self._writer, self._guard, self._partitions.roll
+        )
+
+    async def note_missing(self) -> None:
+        """Tell of partitions whose files somebody else removed. Raises StoreError."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._writer, self._guard, self._partitions.note_missing
         )
 
     async def drop(self, partition: Partition, record: Callable[[Database], None]) -> None:

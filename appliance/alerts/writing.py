@@ -19,6 +19,7 @@ from sqlite_utils import Database
 from appliance.alerts import sieve
 from appliance.alerts.attributor import Attribution
 from appliance.alerts.model import EveAlert, Rule
+from appliance.alerts.packing import CHUNK_BYTES, TEXT_BYTES, expecting_damage, unpack
 from appliance.alerts.partition import CHUNK_ALERTS, Mark
 from appliance.alerts.quick import KnownRule, Sighting
 from steering.decide import Subject
@@ -72,8 +73,9 @@ class Writer:
         self._ends: dict[Subject, int] = {}
         self._attributions: dict[Attribution, tuple[object, ...]] = {}
         self.last = int(self._one("SELECT coalesce(max(id), 0) FROM alerts"))
-        self._tail = self._load_tail()
-        self._marks = self._load_marks()
+        with expecting_damage():
+            self._tail = self._load_tail()
+            self._marks = self._load_marks()
 
     def write(self, items: Sequence[Item], origin: Origin) -> None:
         """Append alerts; their rows are numbered on from ``last``."""
@@ -233,17 +235,16 @@ class Writer:
 
     def _load_tail(self) -> _Tail:
         start = self.last // _BLOCK * _BLOCK + 1
-        unpack = zstandard.ZstdDecompressor().decompress
         raw: list[bytes] = []
         for (data,) in self._conn.execute(
             "SELECT data FROM chunks WHERE first >= ? ORDER BY first", (start,)
         ):
-            raw += unpack(data).split(b"\n")
+            raw += unpack(data, CHUNK_BYTES).split(b"\n")
         text: list[str] = []
         for (data,) in self._conn.execute(
             "SELECT data FROM texts WHERE first >= ? ORDER BY first", (start,)
         ):
-            fields = unpack(data).decode().split("\0")
+            fields = unpack(data, TEXT_BYTES).decode().split("\0")
             text += [
                 f"{url}\0{shown}" for url, shown in zip(fields[::2], fields[1::2], strict=True)
             ]

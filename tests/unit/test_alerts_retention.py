@@ -23,11 +23,12 @@ from appliance.alerts.history import (
     record_flows,
     record_holding,
 )
+from appliance.alerts.losses import count_lost
 from appliance.alerts.model import FlowRecord
 from appliance.alerts.partition import Partition
 from appliance.alerts.partitions import Limits
 from appliance.alerts.query import AlertFilter, EventFilter, find_alerts, find_events
-from appliance.alerts.retention import DAY, Held, Keep, Retention, choose_drops, count_lost
+from appliance.alerts.retention import DAY, Held, Keep, Retention, choose_drops
 from appliance.alerts.store import Store
 from tests.support.alerts import check_stores, fill_table, store_alerts
 from tests.support.store_crash import LIMIT, MOMENTS
