@@ -29,6 +29,7 @@ from appliance.alerts.partition import (
     Partition,
     build_path,
     find_paths,
+    measure_pages,
     migrations,
     read_base,
 )
@@ -46,10 +47,14 @@ _BUSY_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A partition is ended when it has so many alerts, or is so many seconds old and not empty."""
+    """A partition is ended when it has so many alerts, or is so many seconds old and not empty,
+
+    or takes so many bytes: only what is ended can be removed.
+    """
 
     alerts: int = 1_000_000
     seconds: float = 86_400.0
+    bytes: int = 20 * 2**30 // 8
 
 
 @dataclass(slots=True)
@@ -265,7 +270,8 @@ class Partitions:
         if self._writer is None or self._writer.last == 0:
             return
         old = self._clock() - newest.began >= self._limits.seconds
-        if old or self._writer.last >= self._limits.alerts:
+        large = measure_pages(self._open_db) >= self._limits.bytes
+        if old or large or self._writer.last >= self._limits.alerts:
             self.roll()
 
     def _resume_if_stopped(self) -> None:

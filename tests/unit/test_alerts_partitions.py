@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +23,7 @@ from appliance.alerts.attribute import Attributed
 from appliance.alerts.eve import RAW_LIMIT, parse_event
 from appliance.alerts.history import find_rows
 from appliance.alerts.model import Alert, Endpoint, EveAlert, Opener, Verdict
+from appliance.alerts.partition import read_size
 from appliance.alerts.partitions import AlertWrite, Limits
 from appliance.alerts.query import (
     AlertFilter,
@@ -360,6 +365,43 @@ async def test_a_new_partition_begins_after_its_time_but_not_empty(tmp_path: Pat
     await store.roll()
     assert [one.base for one in store.partitions] == [0, 1, 2]
     store.close()
+
+
+async def test_a_partition_ends_before_it_takes_too_much(tmp_path: Path) -> None:
+    limit = 2**20
+    store = Store(tmp_path / "hairpin.db", Limits(bytes=limit))
+    noise = random.Random(5)
+    for _ in range(40):
+        text = noise.randbytes(15_000).hex()
+        await store.write_alerts(partial(store_alerts, stored=[(parse(x=text), *PLAIN[1:])] * 2))
+    await add(store, 1)
+    sizes = [read_size(one.path) for one in store.partitions[:-1]]
+    assert sizes
+    assert all(limit <= size < 1.5 * limit for size in sizes), sizes
+    assert await read_ids(store) == list(range(1, 82))
+    store.close()
+
+
+async def test_a_long_question_does_not_hold_the_next_partition_up(store: Store) -> None:
+    await add(store, 3)
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask(db: Database) -> None:
+        db.execute("SELECT count(*) FROM alerts").fetchone()
+        asked.set()
+        answered.wait(15)
+
+    question = asyncio.create_task(
+        store.read_alerts(lambda view: view.ask(view.partitions[-1], ask))
+    )
+    await asyncio.to_thread(asked.wait)
+    begun = time.monotonic()
+    await store.roll()
+    took = time.monotonic() - begun
+    answered.set()
+    await question
+    assert took < 5
+    assert await add(store, 1) == 4
 
 
 async def test_top_signatures_are_counted_over_partitions_and_the_table_of_before(
