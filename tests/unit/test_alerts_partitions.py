@@ -35,7 +35,7 @@ from appliance.alerts.query import (
     find_top_signatures,
 )
 from appliance.alerts.rows import parse_alert_row
-from appliance.alerts.store import Store
+from appliance.alerts.store import Store, StoreError
 from tests.bench.events import Lines
 from tests.support.alerts import Stored, fill_table, store_alerts
 from tests.support.eve import render_eve
@@ -233,6 +233,23 @@ def tidy(alert: Alert) -> Alert:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("ÉCOLE", 1), ("École", 1), ("école", 0), ("STRASSE", 0), ("straße", 1), ("İSTANBUL", 1)],
+)
+async def test_the_case_of_ascii_letters_alone_does_not_matter(
+    store: Store, text: str, found: int
+) -> None:
+    """In partitions, and in the table of before."""
+    one: Stored = (parse(payload_printable="GET /ÉCOLE Straße İstanbul"), *PLAIN[1:])
+    naive = store.path.with_name("naive.db")
+    fill_table(naive, [one])
+    await store.write_alerts(partial(store_alerts, stored=[one]))
+    wanted = AlertFilter(text=text)
+    assert len(await read_ids(store, wanted)) == found
+    assert len(ask_naive(naive, wanted, True)) == found
+
+
 async def test_real_blocks_are_searched_in_full_and_in_the_rest(tmp_path: Path) -> None:
     """A few thousand alerts, so that blocks are full and sieves stand apart; then groups are turned."""
     events = [parse_event(line.rstrip(b"\n")) for line in islice(Lines(3), 3000)]
@@ -313,6 +330,16 @@ async def test_a_follower_goes_on_over_what_was_removed(store: Store) -> None:
     assert ([one.id for one in seen], after) == ([9, 10, 11], 11)
     assert await find_alert(store, 3) is None
     assert await find_alert(store, 9) is not None
+
+
+async def test_who_follows_opens_no_partition_that_is_behind(store: Store) -> None:
+    for _ in range(3):
+        await add(store, 4)
+    store.partitions[0].path.write_bytes(b"no database")  # opening it would fail
+    seen, _ = await find_alerts_after(store, 4, limit=2)
+    assert [one.id for one in seen] == [5, 6]
+    with pytest.raises(StoreError):
+        await find_alerts_after(store, 3, limit=2)
 
 
 async def test_ids_begin_behind_the_table_of_before_also_when_it_was_emptied(
