@@ -137,7 +137,7 @@ class Partitions:
         db = self._open_db
         try:
             if self._writer is None:
-                self._writer = Writer(db)
+                self._writer = self._make_writer(db)
             with db.atomic():
                 write = AlertWrite(db, self._writer, self._all[-1].base)
                 result = change(write)
@@ -255,7 +255,7 @@ class Partitions:
         db = self._open_db
         try:
             if self._writer is None:
-                self._writer = Writer(db)
+                self._writer = self._make_writer(db)
             if not self._writer.last:
                 return
             with db.atomic():
@@ -318,7 +318,15 @@ class Partitions:
     def _open_newest(self) -> None:
         database = Database(_connect_writer(self._all[-1].path), execute_plugins=False)
         migrations.apply(database)
-        self._db, self._writer = database, Writer(database)
+        self._db, self._writer = database, self._make_writer(database)
+
+    def _make_writer(self, db: Database) -> Writer:
+        try:
+            return Writer(db)
+        except sqlite3.Error as fault:
+            if is_damage(fault):
+                raise Damaged(str(fault), self._all[-1].path) from fault
+            raise
 
     def _begin(self) -> None:
         """Load what there is, tell what is gone, and open or begin the youngest."""
