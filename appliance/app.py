@@ -86,7 +86,8 @@ async def _serve(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     token = ensure_token(settings.token_file)
-    limits = Limits(settings.store.partition_alerts, settings.store.partition_hours * 3600.0)
+    keep = settings.store
+    limits = Limits(keep.partition_alerts, keep.partition_hours * 3600.0, keep.keep_bytes // 8)
     store = Store(settings.database, limits)
     try:
         await _run(settings, token, store, stop)

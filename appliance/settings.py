@@ -272,7 +272,7 @@ class StoreSettings(Document):
         alias="partitionHours",
         ge=1,
         le=24 * 31,
-        description="or after so many hours.",
+        description="or after so many hours, or when it takes an eighth of `keepBytes`.",
     )
 
 

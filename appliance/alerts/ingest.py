@@ -316,7 +316,8 @@ class Ingest:
                 lambda write: finish_lane_file(write, bookmark, batch.path.name, batch.torn, now)
             )
             tail.finish(bookmark)
-        if not await asyncio.to_thread(remove_rotated, batch.path, tail.live, bookmark):
+        size = bookmark.offset + batch.behind
+        if not await asyncio.to_thread(remove_rotated, batch.path, tail.live, bookmark, size):
             return
         log.info("EVE file drained and deleted", file=str(batch.path), bytes=bookmark.offset)
 

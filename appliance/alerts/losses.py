@@ -14,8 +14,8 @@ from sqlite_utils import Database
 
 from appliance.alerts.history import find_rows, record_event, record_repeated
 
-SKIP_IDS = 10_000_000
-"""More than a partition that is gone can have had."""
+SKIP_IDS = 20_000_000
+"""More than a partition that is gone can have had (`partitionAlerts`, and a batch)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,11 @@ def find_paths(directory: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)))
 
 
+def measure_pages(db: Database) -> int:
+    """Bytes of a database's pages, those in the write-ahead log included."""
+    return int(db.execute("PRAGMA page_count").fetchone()[0]) * PAGE_BYTES
+
+
 def read_size(path: Path) -> int:
     """Bytes on disk, the write-ahead log included."""
     total = 0

@@ -29,6 +29,7 @@ from appliance.alerts.partition import (
     Partition,
     build_path,
     find_paths,
+    measure_pages,
     migrations,
     read_base,
 )
@@ -46,10 +47,14 @@ _BUSY_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A partition is ended when it has so many alerts, or is so many seconds old and not empty."""
+    """A partition is ended when it has so many alerts, or is so many seconds old and not empty,
+
+    or takes so many bytes: only what is ended can be removed.
+    """
 
     alerts: int = 1_000_000
     seconds: float = 86_400.0
+    bytes: int = 20 * 2**30 // 8
 
 
 @dataclass(slots=True)
@@ -132,7 +137,7 @@ class Partitions:
         db = self._open_db
         try:
             if self._writer is None:
-                self._writer = Writer(db)
+                self._writer = self._make_writer(db)
             with db.atomic():
                 write = AlertWrite(db, self._writer, self._all[-1].base)
                 result = change(write)
@@ -250,7 +255,7 @@ class Partitions:
         db = self._open_db
         try:
             if self._writer is None:
-                self._writer = Writer(db)
+                self._writer = self._make_writer(db)
             if not self._writer.last:
                 return
             with db.atomic():
@@ -265,7 +270,8 @@ class Partitions:
         if self._writer is None or self._writer.last == 0:
             return
         old = self._clock() - newest.began >= self._limits.seconds
-        if old or self._writer.last >= self._limits.alerts:
+        large = measure_pages(self._open_db) >= self._limits.bytes
+        if old or large or self._writer.last >= self._limits.alerts:
             self.roll()
 
     def _resume_if_stopped(self) -> None:
@@ -312,7 +318,15 @@ class Partitions:
     def _open_newest(self) -> None:
         database = Database(_connect_writer(self._all[-1].path), execute_plugins=False)
         migrations.apply(database)
-        self._db, self._writer = database, Writer(database)
+        self._db, self._writer = database, self._make_writer(database)
+
+    def _make_writer(self, db: Database) -> Writer:
+        try:
+            return Writer(db)
+        except sqlite3.Error as fault:
+            if is_damage(fault):
+                raise Damaged(str(fault), self._all[-1].path) from fault
+            raise
 
     def _begin(self) -> None:
         """Load what there is, tell what is gone, and open or begin the youngest."""

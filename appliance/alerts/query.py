@@ -25,7 +25,7 @@ from appliance.alerts.reading import (
 from appliance.alerts.rows import parse_alert_row, parse_event_row, parse_flow_row
 from appliance.alerts.store import AlertView, Store
 from appliance.alerts.wanted import AlertFilter as AlertFilter
-from appliance.alerts.wanted import read_address
+from appliance.alerts.wanted import fold_text, read_address
 from appliance.alerts.writing import HOUR
 from steering.errors import FieldError, WrongInput
 
@@ -198,7 +198,7 @@ def _collect_alerts(
     for part in view.partitions if ascending else reversed(view.partitions):
         if len(found) >= limit:
             return found
-        if after is not None and not ascending and after <= part.base + 1:
+        if after is not None and not _may_follow(part, after, ascending):
             continue
         if not _may_have(part, wanted.since, wanted.until):
             continue
@@ -219,6 +219,13 @@ def _collect_alerts(
     if not ascending and len(found) < limit:
         ask_table()
     return found
+
+
+def _may_follow(part: Partition, after: int, ascending: bool) -> bool:
+    """Whether the partition can have ids behind ``after``."""
+    if not ascending:
+        return after > part.base + 1
+    return part.alerts is None or after < part.base + part.alerts
 
 
 def _may_have(part: Partition, since: float | None, until: float | None) -> bool:
@@ -274,7 +281,7 @@ def alerts_sql(wanted: AlertFilter, after: int | None, limit: int, ascending: bo
             "(instr(lower(signature), :text) OR instr(lower(coalesce(http_url, '')), :text)"
             " OR instr(lower(payload_printable), :text))"
         )
-        values["text"] = wanted.text.lower()
+        values["text"] = fold_text(wanted.text)
     _match_equal(
         {
             "verdict": wanted.verdict and str(wanted.verdict),

@@ -21,7 +21,7 @@ from appliance.alerts.eve import parse_event
 from appliance.alerts.model import Alert, Endpoint, EveAlert, Http, Opener, Signature, Verdict
 from appliance.alerts.packing import CHUNK_BYTES, TEXT_BYTES, expecting_damage, unpack
 from appliance.alerts.partition import CHUNK_ALERTS, Mark, Partition
-from appliance.alerts.wanted import AlertFilter, read_address
+from appliance.alerts.wanted import AlertFilter, fold_text, read_address
 from steering.model import Family
 
 _RUN_BLOCKS = 16
@@ -81,7 +81,7 @@ def find_alerts_in(
         return []
     with expecting_damage():
         if wanted.text:
-            needle = wanted.text.lower().encode("utf-8", "surrogatepass")
+            needle = fold_text(wanted.text).encode("utf-8", "surrogatepass")
             rows = _find_text(conn, plan, needle, limit, ascending)
         else:
             rows = _find_rows(conn, plan, limit, ascending)

@@ -30,6 +30,8 @@ log = structlog.get_logger("retention")
 LOOK_SECONDS = 60.0
 SLICE_ROWS = 2_000
 DAY = 86_400.0
+_ROW_BYTES = 1_000
+"""Of the table of before: an alert's short columns, and its entries in the indexes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ class Retention:
     async def _trim_table(
         self, held: Sequence[Held], cursors: Mapping[str, int], now: float
     ) -> None:
-        """The table of before, as if it were the oldest partition; its bytes are the main database's."""
+        """The table of before, as if it were the oldest partition; its bytes are an estimate."""
         while True:
             first, last, stored_at, size = await self._store.read(measure_table)
             if not last:
@@ -248,23 +250,24 @@ class Retention:
 
 
 def measure_table(db: Database) -> tuple[int, int, float, int]:
-    """The next slice of the table of before (first and last id, when the last was stored), and its size.
+    """The next slice of the table of before (first and last id, when the last was stored), and about
 
-    All 0 when it is empty.
+    how many bytes all of it takes: its rows are as long as those of the slice. What else is in the
+    database is not counted. All 0 when it is empty.
     """
     rows = find_rows(
         db,
-        "SELECT min(id) AS first, max(id) AS last, max(stored_at) AS at FROM"
-        " (SELECT id, stored_at FROM alerts ORDER BY id LIMIT ?)",
+        "SELECT min(id) AS first, max(id) AS last, max(stored_at) AS at, avg(bytes) AS bytes,"
+        " (SELECT max(id) FROM alerts) AS newest FROM (SELECT id, stored_at,"
+        " length(raw) + length(payload) + length(payload_printable) AS bytes"
+        " FROM alerts ORDER BY id LIMIT ?)",
         (SLICE_ROWS,),
     )
-    if rows[0]["last"] is None:
+    row = rows[0]
+    if row["last"] is None:
         return 0, 0, 0.0, 0
-    pages = [
-        int(db.execute(f"PRAGMA {name}").fetchone()[0])
-        for name in ("page_count", "freelist_count", "page_size")
-    ]
-    return rows[0]["first"], rows[0]["last"], rows[0]["at"], (pages[0] - pages[1]) * pages[2]
+    count = row["newest"] - row["first"] + 1
+    return row["first"], row["last"], row["at"], int(count * (row["bytes"] + _ROW_BYTES))
 
 
 def _render_minute(at: float) -> str:

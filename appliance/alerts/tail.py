@@ -178,9 +178,10 @@ def split_lines(data: bytes, offset: int, limit: int) -> tuple[tuple[Line, ...],
     return tuple(lines), begin
 
 
-def remove_rotated(path: Path, live: Path, bookmark: Bookmark) -> bool:
+def remove_rotated(path: Path, live: Path, bookmark: Bookmark, size: int | None = None) -> bool:
     """Delete ``path`` when it is a rotated file of ``live`` and still the bookmark's; whether it was.
 
+    With ``size`` only while it has so many bytes: what was written since is not given up.
     Raises OSError when it may not be deleted.
     """
     if not is_rotated(live, path.name):
@@ -188,6 +189,8 @@ def remove_rotated(path: Path, live: Path, bookmark: Bookmark) -> bool:
     try:
         status = os.stat(path, follow_symlinks=False)
         if (status.st_dev, status.st_ino) != bookmark.identity:
+            return False
+        if size is not None and status.st_size != size:
             return False
         os.unlink(path)
     except FileNotFoundError:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import ip_address
+from string import ascii_lowercase, ascii_uppercase
 
 from appliance.alerts.model import Verdict
 from steering.errors import FieldError, WrongInput
+
+_SMALL = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 
 @dataclass(frozen=True, slots=True)
 class AlertFilter:
     """All that are set must hold. VMs are named by name or vm-id; ``vm``, ``address`` and ``zone``
     fit either end; ``since`` (inclusive) and ``until`` (exclusive) are times of the packet;
-    ``text`` is looked for in the signature, the URL and the payload, whatever the case."""
+    ``text`` is looked for in the signature, the URL and the payload, whatever the case of ASCII
+    letters (`fold_text`)."""
 
     vm: str | None = None
     source_vm: str | None = None
@@ -28,6 +32,11 @@ class AlertFilter:
     since: float | None = None
     until: float | None = None
     text: str | None = None
+
+
+def fold_text(text: str) -> str:
+    """ASCII letters made small and no others, as SQLite's `lower` and that of `bytes` do."""
+    return text.translate(_SMALL)
 
 
 def read_address(text: str) -> str:

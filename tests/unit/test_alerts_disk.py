@@ -314,6 +314,21 @@ async def test_damage_inside_is_a_fault_of_the_store_that_names_the_file(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
+async def test_damage_inside_the_youngest_refuses_the_start_and_names_the_file(path: Path) -> None:
+    store = Store(path)
+    await add(store, 4)
+    youngest = store.partitions[-1].path
+    store.close()
+    change_ended(youngest, "UPDATE chunks SET data = x'00112233'")
+    with pytest.raises(StoreError, match=youngest.name) as caught:
+        Store(path)
+    assert "move it away" in caught.value.mend
+    youngest.rename(path.with_name("away"))
+    store = Store(path)
+    assert await add(store, 1) > 1000
+    store.close()
+
+
 @pytest.mark.parametrize("change", ["DELETE FROM chunks", "DELETE FROM chunks WHERE first > 1"])
 async def test_a_raw_event_that_is_missing_costs_itself_only(store: Store, change: str) -> None:
     await add(store, 4)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from appliance.alerts.attribute import Context
-from appliance.alerts.ingest import Ingest
+from appliance.alerts.ingest import Ingest, finish_lane_file
 from appliance.alerts.model import Alert, Verdict
 from appliance.alerts.query import (
     AlertFilter,
@@ -313,6 +313,24 @@ async def test_an_inode_that_is_used_again_after_a_kill_is_no_replaced_file(
     async with running(store, live):
         assert ports(await wait_for(store, 11)) == list(range(1, 12))
     assert (await find_events(store, EventFilter(kind="eve."))).items == ()
+
+
+async def test_what_is_written_while_the_bookmark_is_finished_is_stored(
+    store: Store, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(live, 1)
+    rotated = live.rename(live.parent / "eve.json.17")
+    append(live, 3)
+
+    def finish(*arguments: Any) -> None:
+        if rotated.stat().st_size < 2 * len(render_eve(src_port=1)):
+            append(rotated, 2)
+        finish_lane_file(*arguments)
+
+    monkeypatch.setattr("appliance.alerts.ingest.finish_lane_file", finish)
+    async with running(store, live, grace_seconds=0.0):
+        assert sorted(map(str, ports(await wait_for(store, 3)))) == ["1", "2", "3"]
+        await wait_gone(rotated)
 
 
 async def test_a_superseded_bookmark_does_not_come_back(store: Store, live: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +23,7 @@ from appliance.alerts.attribute import Attributed
 from appliance.alerts.eve import RAW_LIMIT, parse_event
 from appliance.alerts.history import find_rows
 from appliance.alerts.model import Alert, Endpoint, EveAlert, Opener, Verdict
+from appliance.alerts.partition import read_size
 from appliance.alerts.partitions import AlertWrite, Limits
 from appliance.alerts.query import (
     AlertFilter,
@@ -30,7 +35,7 @@ from appliance.alerts.query import (
     find_top_signatures,
 )
 from appliance.alerts.rows import parse_alert_row
-from appliance.alerts.store import Store
+from appliance.alerts.store import Store, StoreError
 from tests.bench.events import Lines
 from tests.support.alerts import Stored, fill_table, store_alerts
 from tests.support.eve import render_eve
@@ -228,6 +233,23 @@ def tidy(alert: Alert) -> Alert:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("ÉCOLE", 1), ("École", 1), ("école", 0), ("STRASSE", 0), ("straße", 1), ("İSTANBUL", 1)],
+)
+async def test_the_case_of_ascii_letters_alone_does_not_matter(
+    store: Store, text: str, found: int
+) -> None:
+    """In partitions, and in the table of before."""
+    one: Stored = (parse(payload_printable="GET /ÉCOLE Straße İstanbul"), *PLAIN[1:])
+    naive = store.path.with_name("naive.db")
+    fill_table(naive, [one])
+    await store.write_alerts(partial(store_alerts, stored=[one]))
+    wanted = AlertFilter(text=text)
+    assert len(await read_ids(store, wanted)) == found
+    assert len(ask_naive(naive, wanted, True)) == found
+
+
 async def test_real_blocks_are_searched_in_full_and_in_the_rest(tmp_path: Path) -> None:
     """A few thousand alerts, so that blocks are full and sieves stand apart; then groups are turned."""
     events = [parse_event(line.rstrip(b"\n")) for line in islice(Lines(3), 3000)]
@@ -310,6 +332,16 @@ async def test_a_follower_goes_on_over_what_was_removed(store: Store) -> None:
     assert await find_alert(store, 9) is not None
 
 
+async def test_who_follows_opens_no_partition_that_is_behind(store: Store) -> None:
+    for _ in range(3):
+        await add(store, 4)
+    store.partitions[0].path.write_bytes(b"no database")  # opening it would fail
+    seen, _ = await find_alerts_after(store, 4, limit=2)
+    assert [one.id for one in seen] == [5, 6]
+    with pytest.raises(StoreError):
+        await find_alerts_after(store, 3, limit=2)
+
+
 async def test_ids_begin_behind_the_table_of_before_also_when_it_was_emptied(
     tmp_path: Path,
 ) -> None:
@@ -360,6 +392,43 @@ async def test_a_new_partition_begins_after_its_time_but_not_empty(tmp_path: Pat
     await store.roll()
     assert [one.base for one in store.partitions] == [0, 1, 2]
     store.close()
+
+
+async def test_a_partition_ends_before_it_takes_too_much(tmp_path: Path) -> None:
+    limit = 2**20
+    store = Store(tmp_path / "hairpin.db", Limits(bytes=limit))
+    noise = random.Random(5)
+    for _ in range(40):
+        text = noise.randbytes(15_000).hex()
+        await store.write_alerts(partial(store_alerts, stored=[(parse(x=text), *PLAIN[1:])] * 2))
+    await add(store, 1)
+    sizes = [read_size(one.path) for one in store.partitions[:-1]]
+    assert sizes
+    assert all(limit <= size < 1.5 * limit for size in sizes), sizes
+    assert await read_ids(store) == list(range(1, 82))
+    store.close()
+
+
+async def test_a_long_question_does_not_hold_the_next_partition_up(store: Store) -> None:
+    await add(store, 3)
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask(db: Database) -> None:
+        db.execute("SELECT count(*) FROM alerts").fetchone()
+        asked.set()
+        answered.wait(15)
+
+    question = asyncio.create_task(
+        store.read_alerts(lambda view: view.ask(view.partitions[-1], ask))
+    )
+    await asyncio.to_thread(asked.wait)
+    begun = time.monotonic()
+    await store.roll()
+    took = time.monotonic() - begun
+    answered.set()
+    await question
+    assert took < 5
+    assert await add(store, 1) == 4
 
 
 async def test_top_signatures_are_counted_over_partitions_and_the_table_of_before(

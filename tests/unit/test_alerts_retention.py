@@ -19,6 +19,7 @@ from appliance.alerts.history import (
     end_holdings,
     find_rows,
     record_cursor,
+    record_event,
     record_flow_counters,
     record_flows,
     record_holding,
@@ -28,7 +29,7 @@ from appliance.alerts.model import FlowRecord
 from appliance.alerts.partition import Partition
 from appliance.alerts.partitions import Limits
 from appliance.alerts.query import AlertFilter, EventFilter, find_alerts, find_events
-from appliance.alerts.retention import DAY, Held, Keep, Retention, choose_drops
+from appliance.alerts.retention import DAY, Held, Keep, Retention, choose_drops, measure_table
 from appliance.alerts.store import Store
 from tests.support.alerts import check_stores, fill_table, store_alerts
 from tests.support.store_crash import LIMIT, MOMENTS
@@ -153,6 +154,21 @@ async def test_the_table_of_before_goes_by_the_same_rules(
         ("retention.removed", "alerts", 5),
         ("retention.lost", "siem", 2),
     ]
+    store.close()
+
+
+async def test_what_else_is_in_the_database_takes_no_alert_away(tmp_path: Path) -> None:
+    path = tmp_path / "hairpin.db"
+    fill_table(path, [PLAIN] * 5)
+    store = Store(path)
+    await store.write(lambda db: record_event(db, 1.0, "a.b", "info", "x" * 2**22))
+    assert path.with_name("hairpin.db-wal").stat().st_size > 2**22
+    await Retention(store, Keep(days=36500, bytes=2**20), []).look()
+    page = await find_alerts(store, AlertFilter())
+    assert len(page.items) == 5
+    first, last, _, size = await store.read(measure_table)
+    assert (first, last) == (1, 5)
+    assert 5_000 < size < 50_000
     store.close()
 
 
