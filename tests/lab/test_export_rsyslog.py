@@ -262,7 +262,7 @@ async def test_the_longest_message_passes_rsyslog_whole(tmp_path: Path, alerts: 
     rsyslog = Rsyslog(tmp_path)
     rsyslog.start()
     settings = SyslogExport(name="siem", transport="tcp", host="127.0.0.1", port=rsyslog.port)
-    long = parse_event(render_eve(x="y" * 6200))
+    long = parse_event(render_eve(x="y" * 6000))
     assert isinstance(long, EveAlert)
     try:
         await alerts.add(1, long)
