@@ -456,7 +456,7 @@ def test_flows_of_others_are_told_where_no_witness_meets_them(broken: Bench) -> 
         "cookie=0x77,table=40,priority=20000,udp,tp_dst=5001,actions=NORMAL",
         "cookie=0x77,table=0,priority=250,udp,tp_dst=5002,actions=drop",
         "cookie=0x77,table=0,priority=150,udp,tp_dst=5002,actions=drop",
-        "cookie=0x77,table=5,priority=250,udp,tp_dst=5002,actions=drop",
+        "cookie=0x77,table=7,priority=250,udp,tp_dst=5002,actions=drop",
     ):
         broken.ofctl("add-flow", flow)
     ledger = broken.prove(budget=2_000)
