@@ -25,6 +25,7 @@ def appliance(
 ) -> Iterator[Appliance]:
     found = Appliance(module_lab, tmp_path_factory.mktemp("quarantine"))
     policy = build_policy("web-to-app", "web", "app", inspect("prevent"))
+    found.start_web("app-1")  # not in a test, which may be run once more
     found.apply([*build_base(module_lab), policy])
     assert wait_until(lambda: found.is_forwarding("prevent"), 20)
     return found
@@ -94,7 +95,6 @@ def test_a_blocked_flow_is_dropped_by_the_switch_for_a_while(appliance: Applianc
     action["inspect"]["shunSeconds"] = 6
     policy = build_policy("web-to-app", "web", "app", action)
     appliance.apply([*build_base(appliance.lab), policy])
-    appliance.start_web("app-1")
     assert appliance.curl("web-1", "app-1").status == 0
     before = appliance.read_switch()
     # The client sends again and again what was dropped.
