@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -222,9 +222,9 @@ async def test_a_vm_that_arrives_in_a_class_is_one_bundle_of_its_own_flows(
     sent: list[Bundle] = []
     really_send = reconciler._switch.__class__.send_bundle
 
-    async def note(switch: object, bundle: Bundle) -> None:
+    async def note(switch: object, bundle: Bundle, more: Sequence[str] = ()) -> None:
         sent.append(bundle)
-        await really_send(switch, bundle)  # type: ignore[arg-type]
+        await really_send(switch, bundle, more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reconciler._switch.__class__, "send_bundle", note)
     state = await asyncio.to_thread(add_vm, lab, "web-7")

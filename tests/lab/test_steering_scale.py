@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -82,9 +82,9 @@ async def test_a_thousand_ports_are_steered_and_one_more_changes_its_own_flows(
     took: dict[str, float] = {"ports found": found}
     really_send = OpenFlowSwitch.send_bundle
 
-    async def note(switch: OpenFlowSwitch, bundle: Bundle) -> None:
+    async def note(switch: OpenFlowSwitch, bundle: Bundle, more: Sequence[str] = ()) -> None:
         began = time.monotonic()
-        await really_send(switch, bundle)
+        await really_send(switch, bundle, more)
         took[f"bundle of {len(bundle.changes)}"] = time.monotonic() - began
         sent.append(bundle)
 

@@ -105,7 +105,7 @@ async def test_what_is_not_ip_is_dropped_between_named_vms_and_counted(follower:
 
 async def test_a_leg_narrower_than_an_inspected_vm_s_port_is_told(follower: Follower) -> None:
     lab, web = follower.lab, follower.lab.vm("web-1")
-    legs = [leg for lane in lab.lanes for leg in (lane.leg_a, lane.leg_b)]
+    legs = [leg for lane in lab.lanes for leg, _device, _ofport in lane.all_legs]
     inside = ["ip", "netns", "exec", lab.hypervisor, "ip", "link", "set", "dev", web.interface]
 
     def find_told() -> list[str]:
