@@ -92,7 +92,7 @@ def test_who_is_not_there_is_refused(appliance: Appliance) -> None:
 
 def test_a_blocked_flow_is_dropped_by_the_switch_for_a_while(appliance: Appliance) -> None:
     action = inspect("prevent")
-    action["inspect"]["shunSeconds"] = 6
+    action["inspect"]["shunSeconds"] = 12
     policy = build_policy("web-to-app", "web", "app", action)
     appliance.apply([*build_base(appliance.lab), policy])
     assert appliance.curl("web-1", "app-1").status == 0
@@ -111,4 +111,4 @@ def test_a_blocked_flow_is_dropped_by_the_switch_for_a_while(appliance: Applianc
     assert appliance.cli("shun", "remove", shunned[0]["id"]).status == 0
     left = [one["id"] for one in appliance.read("shun", "list")["items"]]
     assert left == [shunned[1]["id"]]
-    assert wait_until(lambda: appliance.read("shun", "list")["items"] == [], 8)
+    assert wait_until(lambda: appliance.read("shun", "list")["items"] == [], 15)
