@@ -22,6 +22,9 @@ class Path(StrEnum):
         return self is not Path.DIRECT
 
 
+NOTHING = 1e-9
+"""The figure of a peer that moved nothing; 0 is for one that delivered the token exploit."""
+
 PEERS = (Path.STOCK, Path.AF_PACKET)
 
 
@@ -51,12 +54,14 @@ def find_ratio(rounds: Sequence[Round], path: Path, base: Path) -> float:
 
     0 where ``base`` has a round of 0: nothing can be said of it.
     """
-    if any(one.values[base] == 0 for one in rounds):
+    if any(one.values[base] <= NOTHING for one in rounds):
         return 0.0
     return statistics.median(one.values[path] / one.values[base] for one in rounds)
 
 
 def find_cpu_ratio(rounds: Sequence[Round], path: Path, base: Path) -> float:
+    if any(one.cpu[base] == 0 for one in rounds):
+        return 0.0  # nothing was moved in one of them: nothing can be said
     return statistics.median(one.cpu[path] / one.cpu[base] for one in rounds)
 
 
