@@ -431,7 +431,7 @@ def _add_policy(
                 clause = f"conjunction({conjunction},{dimension}/3)"
                 book.add_clause(Table.POLICY, priority, match, clause, cookie)
             # What is inspected in another lane than the policy's offers no shortcut.
-            offer = build_offer(policy, lanes) if part == number else ""
+            offer = build_offer(policy) if part == number else ""
             verdict = offer + _build_verdict(action, lanes, answer=answer)
             book.add(Table.POLICY, priority, build_match(conj_id=conjunction), verdict, cookie)
 

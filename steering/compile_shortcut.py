@@ -84,14 +84,13 @@ def has_third_leg(lane: Lane) -> bool:
     return lane.leg_c is not None and lane.leg_c.ofport > 0
 
 
-def build_offer(policy: Policy, lanes: Sequence[Lane]) -> str:
-    """What POLICY notes of a packet whose connection may come to take a shortcut; else nothing."""
+def build_offer(policy: Policy) -> str:
+    """What POLICY notes of a packet whose connection may come to take a shortcut; else nothing.
+
+    ``policy`` as `withhold_shortcut` left it.
+    """
     action = policy.action
-    if (
-        not isinstance(action, Inspect)
-        or action.shortcut is None
-        or not _has_shortcut(policy, lanes)
-    ):
+    if not isinstance(action, Inspect) or action.shortcut is None:
         return ""
     number = set_register(SHORTCUT, build_policy_number(policy.name))
     return f"{number},{set_register(TRIGGER, PRIORITY_CODES[action.shortcut.after])},"
@@ -154,13 +153,12 @@ def _add_policy(book: FlowBook, policy: Policy, *, is_taught: bool) -> None:
         raise TypeError(f"policy {policy.name} has no shortcut")
     number = build_policy_number(policy.name)
     cookie = build_shortcut_cookie(policy.name)
-    taken = build_match(reg7=render_number(SHORTCUT_TAKEN | number))
-    book.add(Table.TAKE, 200, taken, go_to(Table.DELIVER), cookie)
+    taken = render_number(SHORTCUT_TAKEN | number)
+    book.add(Table.TAKE, 200, build_match(reg7=taken), go_to(Table.DELIVER), cookie)
     for family in policy.families:
         # It passes nothing: OVS may learn from it half a second late, and the new connection's packets would
         # pass meanwhile. The SYN that is sent again, a second later, finds no shortcut any more.
-        number_taken = render_number(SHORTCUT_TAKEN | number)
-        match = build_match(KEYWORDS[family][Protocol.TCP], reg7=number_taken, tcp_flags="+syn")
+        match = build_match(KEYWORDS[family][Protocol.TCP], reg7=taken, tcp_flags="+syn")
         ended = f"{_learn(family, number, 0)},{_learn_back(family, number, 0)}"
         book.add(Table.TAKE, 300, match, ended, cookie)
     if not is_taught:
