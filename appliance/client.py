@@ -43,6 +43,7 @@ from appliance.api.quarantine import QuarantineList, QuarantineOrder, Quarantine
 from appliance.api.routes import BASE, JSON, YAML
 from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
+from appliance.api.tls import build_client_context
 from steering.errors import Conflict, FieldError, HairpinError, WrongInput
 
 CLIENT_FILES = (Path("/etc/hairpin/client.json"), Path("/run/hairpin-lab/lab/client.json"))
@@ -73,11 +74,12 @@ class ServiceRefused(HairpinError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the service is. ``source`` says how that is known."""
+    """Where the service is. ``source`` says how that is known; ``ca_file`` None: the system's."""
 
     url: str
     token_file: Path
     source: str
+    ca_file: Path | None = None
 
 
 def find_place(
@@ -88,19 +90,23 @@ def find_place(
 ) -> Place:
     """Where the service is: options, then HAIRPIN_URL and HAIRPIN_TOKEN_FILE, then ``files``.
 
+    What its certificate is checked with: HAIRPIN_CA_FILE, then the file that names the same service.
+
     Raises ServiceNotFound when nothing says it, WrongInput for a wrong URL or file.
     """
     url = url or env.get("HAIRPIN_URL") or None
     named = token_file or (
         Path(env["HAIRPIN_TOKEN_FILE"]) if env.get("HAIRPIN_TOKEN_FILE") else None
     )
+    ca_file = Path(env["HAIRPIN_CA_FILE"]) if env.get("HAIRPIN_CA_FILE") else None
     if url is not None and named is not None:
-        return Place(check_url(url, "--url"), named, "options or environment")
+        return Place(check_url(url, "--url"), named, "options or environment", ca_file)
     for path in files:
         known = read_place(path)
         if known is None or (url is not None and known.url != check_url(url, "--url")):
             continue
-        return Place(known.url, named or known.token_file, str(path))
+        token_from = named or known.token_file
+        return Place(known.url, token_from, str(path), ca_file or known.ca_file)
     if url is not None:
         raise WrongInput(
             [FieldError("--token-file", "missing: the service wants a token")],
@@ -123,23 +129,26 @@ def find_media_type(text: str) -> str:
 
 
 def read_place(path: Path) -> Place | None:
-    """A client file, `{"url": ..., "tokenFile": ...}`; None where there is none."""
+    """A client file, `{"url": ..., "tokenFile": ...}`, and `caFile` if need be; None where there is none."""
     try:
         value = json.loads(path.read_text())
-        url, token_file = value["url"], value["tokenFile"]
+        url, token_file, ca_file = value["url"], value["tokenFile"], value.get("caFile")
     except FileNotFoundError:
         return None
     except OSError as fault:
         raise HairpinError(
             f"{path} can't be read: {fault.strerror}", "run as a user who may read it"
         ) from fault
-    except (ValueError, TypeError, KeyError) as fault:
+    except (ValueError, TypeError, KeyError, AttributeError) as fault:
         raise WrongInput(
             [FieldError(str(path), 'not {"url": ..., "tokenFile": ...}')], "mend or remove it"
         ) from fault
     if not isinstance(url, str) or not isinstance(token_file, str):
         raise WrongInput([FieldError(str(path), "url and tokenFile must be text")])
-    return Place(check_url(url, f"{path}: url"), Path(token_file), str(path))
+    if ca_file is not None and not isinstance(ca_file, str):
+        raise WrongInput([FieldError(str(path), "caFile must be text")])
+    trusted = None if ca_file is None else Path(ca_file)
+    return Place(check_url(url, f"{path}: url"), Path(token_file), str(path), trusted)
 
 
 def check_url(url: str, where: str) -> str:
@@ -169,6 +178,7 @@ class Client:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._token = read_token(place.token_file)
+        self._tls = build_client_context(place.ca_file) if place.url.startswith("https:") else None
 
     def read_health(self) -> Health:
         return self._get("/health", Health)
@@ -306,10 +316,19 @@ class Client:
     def _open(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
         # trust_env stays off: the token must not go through a proxy.
         return aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {self._token}"}, timeout=timeout
+            headers={"Authorization": f"Bearer {self._token}"},
+            timeout=timeout,
+            connector=aiohttp.TCPConnector(ssl=True if self._tls is None else self._tls),
         )
 
     def _not_there(self, fault: Exception) -> ServiceNotFound:
+        if isinstance(fault, aiohttp.ClientConnectorCertificateError):
+            return ServiceNotFound(
+                f"what answers at {self.place.url} does not prove who it is "
+                f"({fault.certificate_error})",
+                "name the file of its authority's certificate in HAIRPIN_CA_FILE, and the service "
+                "as its certificate does",
+            )
         why = str(fault) or type(fault).__name__
         return ServiceNotFound(
             f"the management service does not answer at {self.place.url} ({why})",

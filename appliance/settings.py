@@ -6,6 +6,7 @@ wrong values are refused, all at once.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,16 @@ def _check_absolute(path: Path) -> Path:
     return path
 
 
+STALE_DAYS = 7
 AbsolutePath = Annotated[Path, AfterValidator(_check_absolute)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to ``host`` stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Document(BaseModel):
@@ -180,6 +190,20 @@ class RulesSettings(Document):
     floor: int = Field(
         default=1, ge=1, description="A ruleset with fewer rules than this is refused."
     )
+    stale_after_days: int | None = Field(
+        default=None,
+        alias="staleAfterDays",
+        ge=1,
+        le=3650,
+        description="With rules older than this the appliance is `degraded` (docs/rules.md). None: "
+        "after 7 days where there are `sources`; the age of the starter rules alone is told, not judged.",
+    )
+
+    @property
+    def stale_seconds(self) -> float | None:
+        """None: rules of any age are fresh."""
+        days = self.stale_after_days or (STALE_DAYS if self.sources else None)
+        return None if days is None else days * 86400.0
 
     @field_validator("sources")
     @classmethod
@@ -189,21 +213,52 @@ class RulesSettings(Document):
 
 
 class ApiSettings(Document):
-    """Where the management API is served: HTTP with a bearer token, the file `token` in `stateDir`."""
+    """Where the management API is served: with a bearer token, the file `token` in `stateDir`.
+
+    HTTPS (TLS 1.2 or newer) with `certFile` and `keyFile`, else HTTP, which is for loopback.
+    """
 
     listen: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address to listen on. Elsewhere than on loopback, put TLS before it: "
-        "the token would pass in the clear.",
+        description="Address to listen on. Elsewhere than on loopback `certFile` and `keyFile` are "
+        "needed: the token would pass in the clear.",
     )
     port: PortNumber = Field(default=8470, description="TCP port to listen on.")
+    cert_file: AbsolutePath | None = Field(
+        default=None,
+        alias="certFile",
+        description="The server's certificate (PEM), then those of the authorities between it and "
+        "the one that clients know; with `keyFile`.",
+    )
+    key_file: AbsolutePath | None = Field(
+        default=None,
+        alias="keyFile",
+        description="Its private key (PEM, not encrypted), readable by the service's user alone.",
+    )
+    allow_plain_http: bool = Field(
+        default=False,
+        alias="allowPlainHttp",
+        description="Serve HTTP elsewhere than on loopback: only where something of your own puts "
+        "TLS before it.",
+    )
     body_limit_bytes: int = Field(
         default=4 * 2**20,
         alias="bodyLimitBytes",
         ge=1024,
         description="A larger request body is refused with 413.",
     )
+
+    @model_validator(mode="after")
+    def _the_token_is_not_sent_in_the_clear(self) -> ApiSettings:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("certFile and keyFile are given together or not at all")
+        if self.cert_file is None and not self.allow_plain_http and not is_loopback(self.listen):
+            raise ValueError(
+                f"{self.listen} is not loopback, so the token would pass in the clear: give certFile "
+                "and keyFile, or set allowPlainHttp where TLS is put before it"
+            )
+        return self
 
 
 class SyslogExport(Document):

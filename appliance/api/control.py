@@ -26,6 +26,7 @@ from appliance.api.documents import (
     Explanation,
     FlowPage,
     Health,
+    HealthSummary,
     PlanReport,
     PolicyDocuments,
     RulePage,
@@ -104,6 +105,10 @@ class Control(Protocol):
     """
 
     async def read_health(self) -> Health: ...
+
+    async def read_status(self) -> HealthSummary:
+        """Health in a word, at most a second old: who asks need not have a token."""
+        ...
 
     async def find_vms(self) -> VmList:
         """Every VM on the switch, and those only the documents name (without ports)."""

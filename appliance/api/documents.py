@@ -109,12 +109,22 @@ class ExporterHealth(ApiDocument):
     delivered: Count = 0
 
 
+class RulesHealth(ComponentHealth):
+    """The rules in force."""
+
+    updated_at: datetime | None = Field(
+        default=None,
+        description="Since when they may be outdated: when the oldest of their sources was last read; "
+        "with the starter rules alone, when these were made. Null without rules.",
+    )
+
+
 class HealthComponents(ApiDocument):
     switch: ComponentHealth
     lanes: tuple[LaneHealth, ...] = ()
     store: ComponentHealth
     exporters: tuple[ExporterHealth, ...] = ()
-    rules: ComponentHealth
+    rules: RulesHealth
 
 
 class Health(ApiDocument):
@@ -127,6 +137,12 @@ class Health(ApiDocument):
     started_at: datetime
     components: HealthComponents
     problems: tuple[HealthProblem, ...] = ()
+
+
+class HealthSummary(ApiDocument):
+    """Health in a word, for who has no token: a load balancer, a watchdog."""
+
+    status: HealthStatus
 
 
 class Live(ApiDocument):

@@ -20,6 +20,7 @@ from appliance.api.documents import (
     Explanation,
     FlowPage,
     Health,
+    HealthSummary,
     Live,
     PlanReport,
     PolicyDocuments,
@@ -122,6 +123,11 @@ async def _live(control: Control, call: Call) -> Reply:
 async def _health(control: Control, call: Call) -> Reply:
     health = await control.read_health()
     return Reply(503 if health.status == "failing" else 200, health)
+
+
+async def _status(control: Control, call: Call) -> Reply:
+    summary = await control.read_status()
+    return Reply(503 if summary.status == "failing" else 200, summary)
 
 
 async def _vms(control: Control, call: Call) -> Reply:
@@ -290,6 +296,15 @@ ROUTES: tuple[Route, ...] = (
         "This description. Needs no token.",
         None,
         {200: None},
+        public=True,
+    ),
+    Route(
+        "GET",
+        "/health",
+        "readStatus",
+        "Health in a word: ok, degraded or failing.",
+        _status,
+        {200: HealthSummary, 503: HealthSummary},
         public=True,
     ),
     Route(

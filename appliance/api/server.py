@@ -33,6 +33,7 @@ from appliance.api.problems import (
 from appliance.api.requests import read_call
 from appliance.api.routes import EVENT_STREAM, JSON, METRICS, ROUTES, Reply, Route
 from appliance.api.stream import StreamLimits, Streams
+from appliance.api.tls import build_server_context
 from appliance.settings import ApiSettings
 from appliance.version import find_version
 from steering.errors import HairpinError
@@ -215,13 +216,18 @@ async def open_server(
 
     On leaving, live streams end at once and other requests have five seconds.
     """
+    tls = None
+    if settings.cert_file is not None and settings.key_file is not None:
+        tls = build_server_context(settings.cert_file, settings.key_file)
     app = build_app(control, settings, token, stream_limits=stream_limits)
     runner = web.AppRunner(
         app, access_log=None, shutdown_timeout=_STOP_SECONDS, keepalive_timeout=30.0
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, settings.listen, settings.port, backlog=_BACKLOG)
+        site = web.TCPSite(
+            runner, settings.listen, settings.port, backlog=_BACKLOG, ssl_context=tls
+        )
         try:
             await site.start()
         except OSError as fault:
@@ -230,7 +236,8 @@ async def open_server(
                 "stop what listens there, or set `api.listen` and `api.port` in the settings",
             ) from fault
         host, port = runner.addresses[0][:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if tls is None else "https"
+        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         log.info("listening", url=url)
         yield url
     finally:

@@ -50,6 +50,12 @@ SPECS: Mapping[str, Spec] = {
         "Packet threads of the engine, as seen: pinned (each on a core of its own) or shared.",
     ),
     "hairpin_lane_rules_loaded": Spec("gauge", ("lane",), "Rules that the engine has loaded."),
+    "hairpin_rules_time_seconds": Spec(
+        "gauge",
+        (),
+        "When the oldest source of the rules in force was last read (epoch); with the starter rules alone, "
+        "when these were made.",
+    ),
     "hairpin_lane_engine_restarts_total": Spec(
         "counter", ("lane",), "Restarts of the engine after an exit or a hang."
     ),
@@ -227,6 +233,8 @@ def _find_health(health: Health) -> Iterable[Sample]:
         yield "hairpin_status", (status,), float(health.status == status)
     yield "hairpin_policy_revision", (), health.revision
     yield "hairpin_start_time_seconds", (), health.started_at.timestamp()
+    if health.components.rules.updated_at is not None:
+        yield "hairpin_rules_time_seconds", (), health.components.rules.updated_at.timestamp()
     for lane in health.components.lanes:
         yield "hairpin_lane_inspecting", (lane.name,), float(lane.inspecting)
         yield "hairpin_lane_bfd_up", (lane.name,), float(lane.bfd == "up")

@@ -73,9 +73,13 @@ rules:
     - name: our-own
       url: file:///etc/hairpin/our-own.rules
   floor: 10
+  staleAfterDays: 3
 api:
-  listen: 127.0.0.1
+  listen: 192.0.2.10
   port: 8470
+  certFile: /etc/hairpin/api.pem
+  keyFile: /etc/hairpin/api.key
+  allowPlainHttp: false
   bodyLimitBytes: 4194304
 export:
   - name: siem

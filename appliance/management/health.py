@@ -15,6 +15,7 @@ from appliance.assurance.ledger import LedgerRun
 from appliance.assurance.stages import Stage
 from appliance.export.exporter import ExporterStatus, State
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
+from appliance.rules.age import find_age, judge_age, render_age
 from appliance.rules.model import RulesState
 from steering.change import SwitchStatus
 from steering.model import Inspect, Lane, PolicySet
@@ -48,7 +49,7 @@ _WORDS: dict[EngineState, EngineWord] = {
 class Facts:
     """All that health is judged by. ``forwarding`` by lane name; times in seconds since the epoch.
 
-    ``canaries`` None: no canary port is configured.
+    ``canaries`` None: no canary port is configured. ``stale_after``: seconds for which rules are fresh.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Facts:
     ledger: LedgerRun | None = None
     disks: tuple[DiskState, ...] = ()
     shortcut_faults: tuple[str, ...] = ()
+    stale_after: float | None = None
 
 
 def build_health(facts: Facts) -> doc.Health:
@@ -262,8 +264,17 @@ def _judge_exporter(
     )
 
 
-def _judge_rules(facts: Facts, problems: list[doc.HealthProblem]) -> doc.ComponentHealth:
+def _judge_rules(facts: Facts, problems: list[doc.HealthProblem]) -> doc.RulesHealth:
     details: list[str] = []
+    age = find_age(facts.rules)
+    if age is not None and (old := judge_age(age, facts.now, facts.stale_after)):
+        details.append(old)
+        mend = (
+            "use a newer image, or name sources in rules.sources"
+            if age.starter_only
+            else "`hairpin rules update`; lanes inspect with what they have until then"
+        )
+        _problem(problems, old, mend, min(facts.now, age.since + (facts.stale_after or 0)))
     attempt = facts.rules.attempt
     if attempt is not None and attempt.fault:
         details.append(f"the last update failed: {attempt.fault}")
@@ -282,7 +293,15 @@ def _judge_rules(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compone
         if stale:
             details.append(f"{one.profile}: stale sources {', '.join(stale)}")
             _problem(problems, details[-1], "`hairpin rules update` when they answer", facts.now)
-    return doc.ComponentHealth(status="degraded" if details else "ok", detail="; ".join(details))
+    status: doc.HealthStatus = "degraded" if details else "ok"
+    if age is not None and facts.now >= age.since:
+        kind = "starter rules made" if age.starter_only else f"{age.source} read"
+        details.append(f"{kind} {render_age(facts.now - age.since)} ago")
+    return doc.RulesHealth(
+        status=status,
+        detail="; ".join(details),
+        updated_at=None if age is None else doc.build_time(age.since),
+    )
 
 
 def _missing(rules: RulesState) -> Sequence[str]:

@@ -61,6 +61,7 @@ from appliance.management.quarantine import Quarantine, QuarantineWork, build_qu
 from appliance.management.rulework import RuleWork
 from appliance.management.shortcut import ShortcutWork
 from appliance.management.shun import ShunWork
+from appliance.management.status import StatusCache
 from appliance.settings import Settings
 from appliance.version import find_version
 from steering.coverage import build_coverage
@@ -140,6 +141,7 @@ class Management:
         self._watches = watches
         self._coverage = CoverageWork(store, reconciler, watches, self.build_facts)
         self._started = time.time()
+        self._status = StatusCache(lambda: build_health(self.build_facts()))
         self.shun = ShunWork(store, ingest, reconciler, lambda: self._in_force.policies)
         self.shortcut = ShortcutWork(
             store,
@@ -182,6 +184,7 @@ class Management:
             canaries=self._watches.canary.status() if self._watches.canary.configured else None,
             balances=self._watches.build_balances(),
             ledger=self._watches.ledger.last,
+            stale_after=self._settings.rules.stale_seconds,
             disks=self._watches.disk.states,
             shortcut_faults=tuple(
                 filter(None, (self.shortcut.fault, self._watches.shortcuts.fault))
@@ -190,6 +193,9 @@ class Management:
 
     async def read_health(self) -> doc.Health:
         return build_health(self.build_facts())
+
+    async def read_status(self) -> doc.HealthSummary:
+        return self._status.read()
 
     # VMs
 

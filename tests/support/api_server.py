@@ -21,7 +21,11 @@ ANY_PORT = ApiSettings.model_construct(
 
 
 @contextlib.contextmanager
-def run_api(control: FakeControl, limits: StreamLimits | None = None) -> Iterator[str]:
+def run_api(
+    control: FakeControl,
+    limits: StreamLimits | None = None,
+    settings: ApiSettings = ANY_PORT,
+) -> Iterator[str]:
     """Serve ``control`` while the context lasts; gives the URL."""
     ready: list[str] = []
     started = threading.Event()
@@ -29,7 +33,7 @@ def run_api(control: FakeControl, limits: StreamLimits | None = None) -> Iterato
 
     async def serve() -> None:
         stop = asyncio.Event()
-        async with open_server(control, ANY_PORT, TOKEN, stream_limits=limits) as url:
+        async with open_server(control, settings, TOKEN, stream_limits=limits) as url:
             ready.append(url)
             loops.append((asyncio.get_running_loop(), stop))
             started.set()

@@ -48,6 +48,7 @@ from appliance.api.documents import (
     HealthComponents,
     HealthProblem,
     HealthStatus,
+    HealthSummary,
     LaneHealth,
     LaneRules,
     PairChange,
@@ -58,6 +59,7 @@ from appliance.api.documents import (
     Rule,
     RuleFailure,
     RulePage,
+    RulesHealth,
     RulesStatus,
     Signature,
     SignatureCount,
@@ -215,12 +217,16 @@ class FakeControl:
                 lanes=(lane,),
                 store=fine,
                 exporters=(ExporterHealth(name="siem", status="ok", delivered=3),),
-                rules=fine,
+                rules=RulesHealth(status="ok", since=START, updated_at=START),
             ),
             problems=()
             if self.status == "ok"
             else (HealthProblem(reason="an engine is down", mend="see its log", since=START),),
         )
+
+    async def read_status(self) -> HealthSummary:
+        self._check()
+        return HealthSummary(status=self.status)
 
     async def find_vms(self) -> VmList:
         self._check()

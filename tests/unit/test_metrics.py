@@ -14,6 +14,7 @@ from appliance.api.documents import (
     Health,
     HealthComponents,
     LaneHealth,
+    RulesHealth,
     build_time,
 )
 from appliance.api.shortcuts import ShortcutAccount
@@ -35,7 +36,11 @@ def build_snapshot() -> Snapshot:
     )  # fmt: skip
     receiver = ExporterHealth(name="siem", status="ok", pending=3, delivered=4)
     parts = HealthComponents(
-        switch=fine, lanes=(lane,), store=fine, exporters=(receiver,), rules=fine
+        switch=fine,
+        lanes=(lane,),
+        store=fine,
+        exporters=(receiver,),
+        rules=RulesHealth(status="ok", updated_at=NOW),
     )
     balance = Balance(
         since=NOW, until=NOW, into=10, inspected=7, dropped=1, lost=1, refused=0, lost_with_engine=0,

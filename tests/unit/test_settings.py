@@ -183,6 +183,10 @@ def test_the_queues_of_a_lane_are_numbers_in_a_row(queues: list[int]) -> None:
         ("rules.floor", 0, "rules.floor"),
         ("api.port", 70000, "api.port"),
         ("api.listen", "", "api.listen"),
+        ("api.certFile", None, "api"),
+        ("api.keyFile", None, "api"),
+        ("api.keyFile", "api.key", "api.keyFile"),
+        ("rules.staleAfterDays", 0, "rules.staleAfterDays"),
         ("export.0.transport", "udp", "export[0].transport"),
         ("export.0.keyFile", None, "export[0]"),
         ("export.0.certFile", None, "export[0]"),
@@ -192,6 +196,39 @@ def test_the_queues_of_a_lane_are_numbers_in_a_row(queues: list[int]) -> None:
 )
 def test_what_is_wrong_is_told_with_its_path(path: str, value: object, at: str) -> None:
     assert list(find_faults(change(path, value))) == [at]
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_plain_http_stays_on_the_machine(listen: str) -> None:
+    assert parse_settings(change("api", {"listen": listen})).api.cert_file is None
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "0.0.0.0",
+        "::",
+        "192.0.2.1",
+        "fd00::1",
+        "hv-1",
+        "localhost.example.org",
+        "127.1",
+        "::ffff:0:0",
+    ],
+)
+def test_plain_http_elsewhere_must_be_asked_for(listen: str) -> None:
+    faults = find_faults(change("api", {"listen": listen}))
+    assert list(faults) == ["api"]
+    assert "the token would pass in the clear" in faults["api"]
+    parse_settings(change("api", {"listen": listen, "allowPlainHttp": True}))
+    parse_settings(change("api", {"listen": listen, "certFile": "/c", "keyFile": "/k"}))
+
+
+def test_rules_become_stale_where_something_could_refresh_them() -> None:
+    rules = {"sources": [{"name": "et/open"}]}
+    assert parse_settings(change("rules", rules)).rules.stale_seconds == 7 * 86400
+    assert parse_settings(change("rules", {})).rules.stale_seconds is None
+    assert parse_settings(change("rules", {"staleAfterDays": 2})).rules.stale_seconds == 2 * 86400
 
 
 def test_two_receivers_never_share_a_cursor() -> None:
