@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from appliance.commands import (
+    firstboot,
     lab,
     policy,
     proof,
@@ -58,6 +59,8 @@ def build_app() -> typer.Typer:
     app.command("serve")(service.serve)
     app.command("inspect")(service.inspect)
     app.command("observe")(service.observe)
+    app.command("firstboot")(firstboot.run)
+    app.command("console-status")(firstboot.show_console)
     app.command("version")(service.show_version)
     return app
 

@@ -65,6 +65,24 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class SwitchTls(Document):
+    """Both ends of an `ssl:` connection show a certificate and check the other's (docs/deploy.md)."""
+
+    ca_file: AbsolutePath = Field(
+        alias="caFile", description="CA certificates (PEM); one of them signed the switch's."
+    )
+    cert_file: AbsolutePath = Field(alias="certFile", description="Our own certificate (PEM).")
+    key_file: AbsolutePath = Field(
+        alias="keyFile", description="Its private key (PEM), for the service's user only."
+    )
+    server_name: str | None = Field(
+        default=None,
+        alias="serverName",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$",
+        description="The name that the switch's certificate must be for; none: the connection's address.",
+    )
+
+
 class SwitchSettings(Document):
     """The bridge that is steered, reached by connection strings as OVS writes them."""
 
@@ -82,6 +100,9 @@ class SwitchSettings(Document):
         default=None,
         description="ovs-vswitchd's control socket, for `ofproto/trace`, or its pid file, by which the "
         "socket is found; none over the network.",
+    )
+    tls: SwitchTls | None = Field(
+        default=None, description="Certificates; needed by `ssl:`, and by nothing else."
     )
 
 
@@ -507,7 +528,7 @@ def parse_settings(text: str) -> Settings:
     if len(documents) > 1:
         raise WrongInput([FieldError("(file)", f"{len(documents)} documents; one is read")])
     document = documents[0] if documents else {}
-    faults = [FieldError(path, "stands here more than once") for path in _find_repeated(document)]
+    faults = [FieldError(path, "stands here more than once") for path in find_repeated(document)]
     try:
         settings = Settings.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as fault:
@@ -534,25 +555,27 @@ def _check_once(what: str, values: Iterable[str]) -> None:
         raise ValueError(f"{what} {', '.join(repeated)} is used more than once")
 
 
-def _render_path(parts: Iterable[str | int]) -> str:
+def render_path(parts: Iterable[str | int]) -> str:
+    """As in ``lanes[0].legA``; ``(file)`` for the whole."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return path.removeprefix(".") or "(file)"
 
 
-def _find_repeated(value: object, at: tuple[str | int, ...] = ()) -> Iterator[str]:
+def find_repeated(value: object, at: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Paths of the keys that stand more than once in a decoded document."""
     if isinstance(value, Decoded):
-        yield from (_render_path((*at, key)) for key in value.duplicates)
+        yield from (render_path((*at, key)) for key in value.duplicates)
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _find_repeated(inner, (*at, key))
+            yield from find_repeated(inner, (*at, key))
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _find_repeated(inner, (*at, number))
+            yield from find_repeated(inner, (*at, number))
 
 
 def _build_faults(fault: ValidationError) -> list[FieldError]:
     return [
-        FieldError(_render_path(error["loc"]), _render_reason(error))
+        FieldError(render_path(error["loc"]), _render_reason(error))
         for error in fault.errors()
         # Not a fault: what it would be made from is at fault itself, and told.
         if error["type"] != "default_factory_not_called"

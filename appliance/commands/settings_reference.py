@@ -39,6 +39,11 @@ switch:
   bridge: br-int
   openflow: unix:/run/openvswitch/br-int.mgmt
   vswitchd: /run/openvswitch/ovs-vswitchd.pid
+  tls:
+    caFile: /etc/hairpin/switch/ca.pem
+    certFile: /etc/hairpin/switch/appliance.pem
+    keyFile: /etc/hairpin/switch/appliance.key
+    serverName: hv-1.example.org
 lanes:
   - profile: prevent
     vlan: 101

@@ -1,0 +1,163 @@
+"""Certificates and keys of a seed: checked before they are used; and one of our own, where none is given.
+
+Judging is pure, the time is passed in; only `make_pair` draws random numbers.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from appliance.firstboot.faults import Fault
+
+RSA_BITS = 2048
+OWN_DAYS = 3650
+RENEW_DAYS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A certificate (PEM, with those that follow it) and its private key (PEM)."""
+
+    certificate: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``faults`` forbid its use; ``dated`` say that it is not valid now, which a clock may be to blame for."""
+
+    faults: tuple[Fault, ...] = ()
+    dated: tuple[Fault, ...] = ()
+
+
+def judge_pair(path: str, pair: Pair, now: float) -> Verdict:
+    """Of the certificate and key at `PATH.certificate` and `PATH.key` of the seed."""
+    certificates, faults = _load(f"{path}.certificate", pair.certificate)
+    key_path = f"{path}.key"
+    public = None
+    try:
+        private = serialization.load_pem_private_key(pair.key.encode(), password=None)
+        public = private.public_key()
+    except TypeError:
+        mend = "give the key without a password: nobody is there to type it"
+        faults.append(Fault(key_path, "the private key is encrypted", mend))
+    except (ValueError, UnsupportedAlgorithm):
+        faults.append(Fault(key_path, "no private key in PEM", "give the certificate's own key"))
+    if public is not None and certificates and _encode(public) != _encode_key(certificates[0]):
+        mend = "give the key that the certificate was made for"
+        faults.append(Fault(key_path, "not the key of `certificate`", mend))
+    return Verdict(tuple(faults), tuple(_find_dates(f"{path}.certificate", certificates, now)))
+
+
+def judge_authority(path: str, text: str, now: float) -> Verdict:
+    """Of the authorities' certificates at ``path``."""
+    certificates, faults = _load(path, text)
+    return Verdict(tuple(faults), tuple(_find_dates(path, certificates, now)))
+
+
+def _load(path: str, text: str) -> tuple[list[x509.Certificate], list[Fault]]:
+    try:
+        certificates = x509.load_pem_x509_certificates(text.encode())
+        faults = [fault for one in certificates for fault in _find_weakness(path, one)]
+    except (ValueError, UnsupportedAlgorithm):
+        return [], [Fault(path, "no certificate in PEM", "give it as -----BEGIN CERTIFICATE-----")]
+    return certificates, faults
+
+
+def _find_weakness(path: str, certificate: x509.Certificate) -> Iterator[Fault]:
+    """What OpenSSL would refuse when it is used, told before anything depends on it."""
+    public = certificate.public_key()
+    if isinstance(public, rsa.RSAPublicKey) and public.key_size < RSA_BITS:
+        mend = f"make one with {RSA_BITS} bits or more, or with an elliptic curve"
+        yield Fault(path, f"an RSA key of {public.key_size} bits is too weak", mend)
+    used = certificate.signature_hash_algorithm
+    if isinstance(used, hashes.SHA1 | hashes.MD5) and certificate.subject != certificate.issuer:
+        yield Fault(
+            path, f"signed with {used.name}, which is too weak", "have it signed with SHA-256"
+        )
+
+
+def _find_dates(path: str, certificates: list[x509.Certificate], now: float) -> Iterator[Fault]:
+    at = datetime.fromtimestamp(now, UTC)
+    for one in certificates:
+        began, ended = one.not_valid_before_utc, one.not_valid_after_utc
+        if at > ended:
+            reason = (
+                f"expired at {ended:%Y-%m-%dT%H:%M:%SZ}; the clock says {at:%Y-%m-%dT%H:%M:%SZ}"
+            )
+            yield Fault(path, reason, "give one that is valid")
+        elif at < began:
+            reason = f"not valid before {began:%Y-%m-%dT%H:%M:%SZ}; the clock says {at:%Y-%m-%dT%H:%M:%SZ}"
+            yield Fault(path, reason, "set the clock, or give one that is valid")
+
+
+def _encode(public: object) -> bytes:
+    return public.public_bytes(  # type: ignore[attr-defined,no-any-return]  # every kind has it
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def _encode_key(certificate: x509.Certificate) -> bytes:
+    return _encode(certificate.public_key())
+
+
+def find_fingerprint(certificate: str) -> str:
+    """SHA-256 of the first certificate, as `openssl x509 -fingerprint -sha256` prints it."""
+    found = x509.load_pem_x509_certificates(certificate.encode())[0]
+    return found.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def is_usable(pair: Pair, name: str, address: str | None, now: float) -> bool:
+    """Whether our own certificate of an earlier boot is for this name and address and lasts a while."""
+    verdict = judge_pair("api", pair, now + RENEW_DAYS * 86400.0)
+    if verdict.faults or verdict.dated:
+        return False
+    found = x509.load_pem_x509_certificates(pair.certificate.encode())[0]
+    try:
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+    return list(names) == _build_names(name, address)
+
+
+def make_pair(name: str, address: str | None, now: float) -> Pair:
+    """A certificate that signs itself, for ``name`` and the IP ``address``."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    at = datetime.fromtimestamp(now, UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        # A clock that is a little ahead at the client's must not make it invalid.
+        .not_valid_before(at - timedelta(days=1))
+        .not_valid_after(at + timedelta(days=OWN_DAYS))
+        .add_extension(x509.SubjectAlternativeName(_build_names(name, address)), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    key = private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return Pair(made.public_bytes(serialization.Encoding.PEM).decode(), key.decode())
+
+
+def _build_names(name: str, address: str | None) -> list[x509.GeneralName]:
+    names: list[x509.GeneralName] = [x509.DNSName(name)]
+    if address is not None:
+        names.append(x509.IPAddress(ipaddress.ip_address(address)))
+    return names

@@ -1,0 +1,148 @@
+"""Decoded text -> seed, or every fault of it with its path, reason and mend. Pure.
+
+What is read is hostile until it got through here; no reason shows what stood at a secret's place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from appliance.firstboot.document import DEFAULT_PORT, SECRET, ManagementSeed, SeedDocument
+from appliance.firstboot.faults import Fault
+from appliance.settings import find_repeated, render_path
+from steering.documents import show, suggest
+
+GUIDE = "docs/first-boot.md"
+DEFAULT_NAME = "hairpin"
+
+
+@dataclass(frozen=True, slots=True)
+class SeedReading:
+    """``document`` None: refused, see ``faults``. ``name``, ``management`` and ``port`` are what could be
+    read of a refused one, so that its faults can be shown; ``management`` only where it has no fault."""
+
+    document: SeedDocument | None
+    name: str
+    management: ManagementSeed | None
+    port: int
+    faults: tuple[Fault, ...]
+
+
+def read_seed(mapping: Mapping[str, object]) -> SeedReading:
+    """The seed in a decoded mapping."""
+    repeated = [
+        Fault(path, "stands here more than once", "leave one of them")
+        for path in find_repeated(mapping)
+    ]
+    document, faults = _validate(SeedDocument, mapping)
+    faults = (*repeated, *faults)
+    if document is not None and not faults:
+        return SeedReading(document, document.name, document.management, document.api.port, ())
+    wrong = [fault.path for fault in faults]
+    management = None
+    if not any(path.startswith("management") for path in wrong):
+        management, _ = _validate(ManagementSeed, mapping.get("management", {}))
+    name, api = mapping.get("name"), mapping.get("api")
+    port = api.get("port", DEFAULT_PORT) if isinstance(api, Mapping) else DEFAULT_PORT
+    return SeedReading(
+        document=None,
+        name=name if isinstance(name, str) and "name" not in wrong else DEFAULT_NAME,
+        management=management,
+        port=port if isinstance(port, int) and not {"api.port", "api"} & {*wrong} else DEFAULT_PORT,
+        faults=faults,
+    )
+
+
+def _validate(model: type[Any], value: object) -> tuple[Any | None, tuple[Fault, ...]]:
+    try:
+        # As JSON, so that strictness is JSON's: lists for tuples and text for words, nothing else.
+        text = json.dumps(value)
+        return model.model_validate_json(text, strict=True, by_alias=True, by_name=False), ()
+    except ValidationError as fault:
+        return None, tuple(_build_fault(error) for error in fault.errors(include_url=False))
+    except (ValueError, RecursionError):
+        return None, (Fault("(seed)", "has a value that can't be written as JSON", f"see {GUIDE}"),)
+
+
+def _build_fault(error: Any) -> Fault:
+    path = render_path(error["loc"]).replace("(file)", "(seed)")
+    return Fault(path, _render_reason(path, error), _find_mend(error["loc"], error["type"]))
+
+
+def _render_reason(path: str, error: Any) -> str:
+    found = "" if SECRET.search(path) else f", not {show(error['input'])}"
+    match error["type"]:
+        case "extra_forbidden":
+            return "unknown key"
+        case "missing":
+            return "must be given"
+        case "json_invalid":
+            return "is not Unicode text throughout"
+        case "model_type" | "dict_type":
+            return f"must be a mapping{found}"
+        case "tuple_type" | "list_type":
+            return f"must be a list{found}"
+        case "string_type":
+            quote = ": put it in quotes" if isinstance(error["input"], bool | int | float) else ""
+            return f"must be text{found}{quote}"
+        case "string_pattern_mismatch":
+            return f"must be of the form {error['ctx']['pattern']}{found}"
+    return str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _find_mend(loc: tuple[str | int, ...], kind: str) -> str:
+    path = render_path(loc).replace("(file)", "(seed)")
+    *way, last = loc or ("",)
+    if kind == "extra_forbidden":
+        known = list(find_keys(tuple(way)))
+        return f"leave it out{suggest(str(last), known)}; known here: {', '.join(known)}"
+    example = find_example(loc)
+    return f"as in `{path}: {example}` ({GUIDE})" if example else f"see {GUIDE}"
+
+
+def _find_model(loc: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model whose fields stand at ``loc``; places in a list don't count."""
+    model: type[BaseModel] = SeedDocument
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = next(
+            (one for name, one in model.model_fields.items() if part == (one.alias or name)),
+            None,
+        )
+        inner = _find_inner(field.annotation) if field else None
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def _find_inner(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _find_inner(one))), None)
+
+
+def find_keys(loc: tuple[str | int, ...]) -> tuple[str, ...]:
+    """The keys that are known at ``loc``."""
+    model = _find_model(loc)
+    if model is None:
+        return ()
+    return tuple(one.alias or name for name, one in model.model_fields.items())
+
+
+def find_example(loc: tuple[str | int, ...]) -> str:
+    """What the seed's declaration shows as a value there; empty for what has parts of its own."""
+    names = [part for part in loc if isinstance(part, str)]
+    if not names or (model := _find_model(tuple(names[:-1]))) is None:
+        return ""
+    for name, field in model.model_fields.items():
+        if names[-1] == (field.alias or name) and field.examples:
+            value = field.examples[0]
+            return value if isinstance(value, str) else json.dumps(value)
+    return ""
