@@ -147,15 +147,16 @@ def _render_section(title: str, schema: Schema, root: Schema) -> str:
     lines += ["\n| key | type | default | meaning |\n|---|---|---|---|\n"]
     for key, value in schema["properties"].items():
         default = (
-            _render_default(value) if key not in schema.get("required", ()) else "must be given"
+            render_default(value) if key not in schema.get("required", ()) else "must be given"
         )
         lines.append(
-            f"| `{key}` | {_render_type(value, root)} | {default} | {value['description']} |\n"
+            f"| `{key}` | {render_type(value, root)} | {default} | {value['description']} |\n"
         )
     return "".join(lines)
 
 
-def _render_default(value: Schema) -> str:
+def render_default(value: Schema) -> str:
+    """As a reader sees it: `its defaults` for a section, `none` where nothing stands for it."""
     if "default" not in value or value["default"] == {} or "$ref" in value:
         return "its defaults"
     default = value["default"]
@@ -164,10 +165,11 @@ def _render_default(value: Schema) -> str:
     return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
-def _render_type(value: Schema, root: Schema) -> str:
+def render_type(value: Schema, root: Schema) -> str:
+    """A value's type in words, with its bounds."""
     if "anyOf" in value:
         return " or ".join(
-            _render_type(one, root) for one in value["anyOf"] if one.get("type") != "null"
+            render_type(one, root) for one in value["anyOf"] if one.get("type") != "null"
         )
     if "$ref" in value:
         value = _resolve(value, root)
@@ -180,7 +182,7 @@ def _render_type(value: Schema, root: Schema) -> str:
             return "mapping, below"
         case "array":
             some = _render_count(value.get("minItems"), value.get("maxItems"))
-            return f"list{some} of: {_render_type(value['items'], root)}"
+            return f"list{some} of: {render_type(value['items'], root)}"
         case "integer":
             return f"number{_render_range(value.get('minimum'), value.get('maximum'))}"
         case "boolean":

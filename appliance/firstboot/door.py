@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -96,11 +97,9 @@ def read_disk() -> tuple[Mapping[str, bytes] | None, tuple[Fault, ...]]:
 
 def find_disks() -> tuple[str, ...]:
     """Devices with the label of a NoCloud disk, as blkid finds them. Raises CommandFailed."""
-    run(
-        ["udevadm", "settle", f"--timeout={SETTLE_SECONDS}"],
-        timeout=SETTLE_SECONDS + 5,
-        check=False,
-    )
+    if shutil.which("udevadm"):  # without udev nothing is still being named
+        argv = ["udevadm", "settle", f"--timeout={SETTLE_SECONDS}"]
+        run(argv, timeout=SETTLE_SECONDS + 5, check=False)
     found: dict[str, None] = {}
     for label in LABELS:
         argv = ["blkid", "-c", "/dev/null", "-t", f"LABEL={label}", "-o", "device"]

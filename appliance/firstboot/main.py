@@ -77,9 +77,10 @@ def run_firstboot(places: Places, doors: Doors | None = None) -> Plan:
         kept, damaged = read_kept(places)
         offer, faults = read_offer(doors.read_offered(places.credentials))
         choice = choose(offer, kept)
-        if choice is not None and not faults:
+        if choice is not None:
+            # Of an offer that can't be read, what was accepted tells at least where to show its faults.
             reading = read_seed(build_mapping(choice.offer))
-            faults = reading.faults
+            faults = faults or reading.faults
         elif not faults:
             faults = damaged or (NO_SEED,)
         if choice is None or reading is None or reading.document is None or faults:
