@@ -18,7 +18,7 @@ TAKEN_OVER = ("rules", "store")
 EXAMPLE = """\
 name: rack-12
 management:
-  mac: 52:54:00:10:00:01
+  mac: "52:54:00:10:00:01"
   address: 192.0.2.10/24
   gateway: 192.0.2.1
   dns: [192.0.2.53]
@@ -49,7 +49,7 @@ lanes:
     legB: {interface: leg-prevent-b, mac: "52:54:00:10:01:0b"}
 canary:
   interface: hairpin-canary
-  mac: 52:54:00:10:02:01
+  mac: "52:54:00:10:02:01"
 rules:
   sources:
     - name: et/open
@@ -63,8 +63,9 @@ _HEAD = """\
 
 Made from the program by `python -m appliance.commands.seed_reference`; a test compares them.
 
-An appliance is configured by one document, its *seed*, which it reads at every boot (`hairpin firstboot`). There is no login, no
-shell and no wizard. Whoever can give the VM its seed configures it: that is the hypervisor's administrator, who could as well read its memory.
+An appliance is configured by one document, its *seed*, which it reads at every boot (`hairpin firstboot`).
+There is no login, no shell and no wizard. Whoever can give the VM its seed configures it: that is the
+hypervisor's administrator, who could as well read its memory.
 
 ## How it is given
 
@@ -76,46 +77,44 @@ Either as a **systemd credential** `{seed}`, which QEMU and libvirt hand over wi
       <entry name='opt/io.systemd.credentials/{seed}' file='/etc/hairpin/rack-12.yaml'/>
     </sysinfo>
 
-or as a **NoCloud disk**: label `CIDATA`, iso9660 or vfat, a file `user-data` in which the seed stands under the key `hairpin` (and
-nothing else: no cloud-init runs here), and `meta-data`, of which `local-hostname` is the name where the seed has none. Both at once is a fault.
+or as a **NoCloud disk**: label `CIDATA`, iso9660 or vfat, a file `user-data` in which the seed stands under the
+key `hairpin` (and nothing else: no cloud-init runs here), and `meta-data`, of which `local-hostname` is the
+name where the seed has none. Both at once is a fault.
 
     xorriso -as mkisofs -V CIDATA -J -r -o rack-12.iso user-data meta-data
 
-Single values may come as credentials of their own, so that secrets need not stand beside the rest, and one seed serves many appliances:
+Single values may come as credentials of their own, so that secrets need not stand beside the rest, and one seed
+serves many appliances:
 
 | credential | stands for |
 |---|---|
 {singles}
-A seed has {limit} KiB at most, is YAML or JSON, and is read strictly: unknown keys, keys given twice, anchors, values of another type, and
-credentials `hairpin.*` that are not listed here are faults. Devices are found by their MAC addresses, and those that the seed does
-not name get no address and stay down.
+A seed has {limit} KiB at most, is YAML or JSON, and is read strictly: unknown keys, keys given twice, anchors,
+values of another type, and credentials `hairpin.*` that are not listed here are faults. Devices are found by
+their MAC addresses, and those that the seed does not name get no address and stay down.
 
 ## What happens
 
-| at a boot | |
-|---|---|
-| a new or changed seed, all of it right | it is in force: settings, certificates and network for this boot, and a copy in `/var/lib/hairpin-firstboot` (root only, with a digest) |
-| the same as before | as before; a certificate that has expired since is told on the console, and stops nothing here |
-| none, and one was accepted before | the copy is in force, and the console says so: a seed's disk is often taken away after the first boot |
-| none, and the copy is damaged | a fault |
-| one that can't be read, or has a fault | **nothing of it is in force, nor of the one before it** |
+{boots}
+With a fault neither settings nor keys are written and no process of the product starts. The switch does what
+each policy's `onFailure` says, since no engine answers BFD. The way back to an earlier state is an earlier
+seed. `hairpin firstboot` ends with status 2, and what is wrong is shown, each fault with its path, its reason
+and how to mend it:
 
-With a fault neither settings nor keys are written and no process of the product starts. The switch does what each policy's `onFailure`
-says, since no engine answers BFD. The way back to an earlier state is an earlier seed. `hairpin firstboot` ends with status 2, and what is wrong is shown, each fault with its path, its
-reason and how to mend it:
-
-- on the console, with name, version and addresses (`hairpin console-status`), which has the same place when all is well: health, its problems,
-  the age of the rules, the fingerprint of the API's certificate;
-- by `GET /health` and `GET /api/v1/health` on the API's port: 503, by HTTP, without a token, without a secret. The management network is configured for that
-  if its own part of the seed has no fault, else it answers on loopback only;
+- on the console, with name, version and addresses (`hairpin console-status`), which has the same place when all
+  is well: health, its problems, the age of the rules, the fingerprint of the API's certificate;
+- by `GET /health` and `GET /api/v1/health` on the API's port: 503, by HTTP, without a token, without a secret.
+  The management network is configured for that if its own part of the seed has no fault, else it answers on
+  loopback only;
 - in `/run/hairpin-config/faults.json` and the journal.
 
 A seed is a matter of the next boot: nothing changes while the appliance runs.
 
 ## The API's certificate
 
-HTTPS is all that is served beyond loopback. Give `api.certificate` and `api.key`, or let the appliance make a certificate that signs itself, once, for its name
-and address. Compare its fingerprint with the console's, keep it, and name it to clients:
+HTTPS is all that is served beyond loopback. Give `api.certificate` and `api.key`, or let the appliance make a
+certificate that signs itself, once, for its name and address. Compare its fingerprint with the console's, keep
+it, and name it to clients:
 
     openssl s_client -connect 192.0.2.10:8470 </dev/null | openssl x509 > rack-12.pem
     openssl x509 -in rack-12.pem -noout -fingerprint -sha256
@@ -129,11 +128,26 @@ With `management.dhcp` the address is not known beforehand: such a certificate i
 """
 
 
+_BOOTS = {
+    "a new or changed seed, all of it right": "it is in force: settings, certificates and network for this boot, "
+    "and a copy in `/var/lib/hairpin-firstboot` (root only, with a digest)",
+    "the same as before": "as before; a certificate that has expired since is told on the console, and stops "
+    "nothing here",
+    "none, and one was accepted before": "the copy is in force, and the console says so: a seed's disk is often "
+    "taken away after the first boot",
+    "none, and the copy is damaged": "a fault",
+    "one that can't be read, or has a fault": "**nothing of it is in force, nor of the one before it**",
+}
+
+
 def render_reference() -> str:
     """The whole page, Markdown."""
     root = SeedDocument.model_json_schema(by_alias=True)
     singles = "".join(f"| `{name}` | `{'.'.join(way)}` |\n" for name, way in SINGLES.items())
-    head = _HEAD.format(seed=SEED_CREDENTIAL, singles=singles, limit=SEED_LIMIT // 1024)
+    boots = "| at a boot | |\n|---|---|\n"
+    boots += "".join(f"| {offered} | {done} |\n" for offered, done in _BOOTS.items())
+    limit = SEED_LIMIT // 1024
+    head = _HEAD.format(seed=SEED_CREDENTIAL, singles=singles, boots=boots, limit=limit)
     return f"{head}{EXAMPLE}```\n{''.join(_render_sections(root))}"
 
 

@@ -64,9 +64,24 @@ def _validate(model: type[Any], value: object) -> tuple[Any | None, tuple[Fault,
         text = json.dumps(value)
         return model.model_validate_json(text, strict=True, by_alias=True, by_name=False), ()
     except ValidationError as fault:
-        return None, tuple(_build_fault(error) for error in fault.errors(include_url=False))
+        return None, tuple(_build_fault(error) for error in _find_causes(fault))
     except (ValueError, RecursionError):
         return None, (Fault("(seed)", "has a value that can't be written as JSON", f"see {GUIDE}"),)
+
+
+def _find_causes(fault: ValidationError) -> list[Any]:
+    """Without lists that are too short only since what stands in them is wrong, which is told."""
+    errors = fault.errors(include_url=False)
+    locs = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(
+            len(loc) > len(error["loc"]) and loc[: len(error["loc"])] == error["loc"]
+            for loc in locs
+        )
+    ]
 
 
 def _build_fault(error: Any) -> Fault:

@@ -32,9 +32,10 @@ def issue(
     addresses: tuple[str, ...] = (),
     begins: datetime = NOW - timedelta(days=1),
     ends: datetime = NOW + timedelta(days=30),
+    private: Any = None,
 ) -> Issued:
     """A certificate; an authority's own where ``by`` is None."""
-    private = ec.generate_private_key(ec.SECP256R1())
+    private = private or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     names: list[Any] = [x509.DNSName(name)]
     names += [x509.IPAddress(ipaddress.ip_address(one)) for one in addresses]
