@@ -128,7 +128,7 @@ class Machine:
     def list_files(self) -> dict[str, str]:
         """Every file below the root with its text, paths as the appliance has them."""
         return {
-            f"/{path.relative_to(self.root)}": path.read_text()
+            f"/{path.relative_to(self.root)}": path.read_text(errors="replace")
             for path in self.root.glob("**/*")
             if path.is_file()
         }
