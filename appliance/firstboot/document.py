@@ -156,8 +156,12 @@ class ApiSeed(Document):
         "`hairpin.token`.",
         examples=["(as `openssl rand -hex 32` prints it)"],
     )
-    port: PortNumber = Field(
-        default=DEFAULT_PORT, description="TCP port to listen on.", examples=[DEFAULT_PORT]
+    port: int = Field(
+        default=DEFAULT_PORT,
+        ge=1024,
+        le=65535,
+        description="TCP port to listen on; not below 1024, since the service has no privilege.",
+        examples=[DEFAULT_PORT],
     )
     certificate: Pem | None = Field(
         default=None,

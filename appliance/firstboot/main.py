@@ -158,7 +158,8 @@ def read_own_pair(places: Places, seed: SeedDocument, now: float) -> Pair:
 
 
 def _make_kept_dir(places: Places) -> None:
-    places.kept_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write.make_directory(places.kept_dir.parent)
+    places.kept_dir.mkdir(exist_ok=True, mode=0o700)
     places.kept_dir.chmod(0o700)
 
 
@@ -214,5 +215,5 @@ def _tell(
     except (HairpinError, OSError) as fault:
         log.error("the management network can't be configured", reason=str(fault))
     text = render_report(report)
-    places.config_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+    write.make_directory(places.config_dir)
     write.write_file(places.faults, text, 0o644, (os.geteuid(), os.getegid()))

@@ -37,7 +37,9 @@ def write_files(places: Places, files: Sequence[PlannedFile], find: FindOwner = 
     for file in files:
         path = places.put(file.path)
         try:
-            _make_directory(places, path.parent, find)
+            make_directory(path.parent)
+            if path.parent == places.put(STATE_DIR):
+                os.chown(path.parent, *find(USER))
             write_file(path, file.text, file.mode, find(file.owner))
         except OSError as fault:
             raise HairpinError(
@@ -46,12 +48,16 @@ def write_files(places: Places, files: Sequence[PlannedFile], find: FindOwner = 
         log.info("written", path=str(path), mode=f"{file.mode:o}", owner=file.owner)
 
 
-def _make_directory(places: Places, directory: Path, find: FindOwner) -> None:
+def make_directory(directory: Path) -> None:
+    """With those above it, for all to look into whatever the umask says; one that is there stays as it is.
+
+    Raises OSError.
+    """
     if directory.is_dir():
         return
-    directory.mkdir(parents=True, mode=0o755)
-    if directory == places.put(STATE_DIR):
-        os.chown(directory, *find(USER))
+    make_directory(directory.parent)
+    directory.mkdir()
+    directory.chmod(0o755)
 
 
 def write_file(path: Path, text: str, mode: int, owner: Owner) -> None:

@@ -127,7 +127,7 @@ def test_the_example_is_taken_as_yaml_and_as_json() -> None:
         ("management.dns", ["ns1"], "management.dns", "not an IP address"),
         ("api.token", "short", "api.token", "must be of the form"),
         ("api.token", ..., "api.token", "must be given"),
-        ("api.port", 0, "api.port", "greater than or equal to 1"),
+        ("api.port", 443, "api.port", "greater than or equal to 1024"),
         ("api.port", "8470", "api.port", "must be a valid integer"),
         ("api.certificate", "-----BEGIN CERTIFICATE-----", "api", "given together"),
         ("switch.ovsdb", "tcp:192.0.2.2:6640", "switch.ovsdb", "must be of the form"),
