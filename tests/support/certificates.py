@@ -54,7 +54,10 @@ def issue(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False
         )
     )
-    if by is not None:
+    if by is None:
+        # Python 3.13 checks as RFC 5280 has it: an authority's certificate says that it signs others.
+        builder = builder.add_extension(build_authority_usage(), critical=True)
+    else:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     made = builder.sign(signer, hashes.SHA256())
     return Issued(
@@ -63,6 +66,14 @@ def issue(
         private,
         subject,
     )
+
+
+def build_authority_usage() -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
+        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
+        decipher_only=False,
+    )  # fmt: skip
 
 
 def render_key(private: ec.EllipticCurvePrivateKey, password: bytes | None = None) -> str:
