@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from appliance.commands.output import clean, print_line
+from appliance.commands.output import clean, print_line, print_note
 from appliance.version import find_version
 from steering.errors import HairpinError
 
@@ -46,10 +46,14 @@ def run(
         from appliance.firstboot.faults import build_unfinished, read_report
         from appliance.firstboot.serving import serve_faults as serve
 
-        report = read_report(places.faults)
+        unfinished = build_unfinished(find_version(), time.time(), DEFAULT_PORT)
+        try:
+            report = read_report(places.faults)
+        except HairpinError as fault:  # that it can't be read is a reason the more to answer
+            print_note(clean(fault.reason))
+            report = unfinished
         if report is None and places.settings.exists():
             return print_line("nothing is wrong: the management service has the port")
-        unfinished = build_unfinished(find_version(), time.time(), DEFAULT_PORT)
         return asyncio.run(serve(report or unfinished))
     plan = run_firstboot(places)
     print_line(f"{clean(plan.name)} is configured: {len(plan.files)} files")

@@ -105,7 +105,7 @@ def read_offer(offered: Offered) -> tuple[Offer, tuple[Fault, ...]]:
             reason = "there are two seeds: this one and a NoCloud disk"
             faults.append(Fault(f"credential {SEED_CREDENTIAL}", reason, "take one of them away"))
     elif offered.disk is not None:
-        document = _read_disk(offered.disk, faults)
+        document = _read_disk(offered.disk, faults, named="hairpin.name" in singles)
     for name in singles:
         if document is not None and _find_value(document, SINGLES[name]) is not None:
             place = ".".join(SINGLES[name])
@@ -218,7 +218,10 @@ def _decode(path: str, data: bytes, faults: list[Fault]) -> Mapping[str, object]
     return documents[0]
 
 
-def _read_disk(files: Mapping[str, bytes], faults: list[Fault]) -> Mapping[str, object] | None:
+def _read_disk(
+    files: Mapping[str, bytes], faults: list[Fault], *, named: bool
+) -> Mapping[str, object] | None:
+    """``named``: the appliance has a name already, so that the one in `meta-data` is not asked for."""
     for name in NOT_READ:
         if files.get(name, b"").strip():
             mend = "give `management` in the seed, and leave this file out or empty"
@@ -242,10 +245,10 @@ def _read_disk(files: Mapping[str, bytes], faults: list[Fault]) -> Mapping[str, 
         mend = "write the seed under the key `hairpin` (docs/first-boot.md)"
         faults.append(Fault("disk CIDATA, user-data, hairpin", "must be a mapping", mend))
         return None
-    if "name" not in seed and "local-hostname" in meta:
-        named = _copy(seed)
-        named["name"] = meta["local-hostname"]
-        return named
+    if "name" not in seed and not named and "local-hostname" in meta:
+        with_name = _copy(seed)
+        with_name["name"] = meta["local-hostname"]
+        return with_name
     return seed
 
 

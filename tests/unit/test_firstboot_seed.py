@@ -296,6 +296,9 @@ def test_the_name_may_come_from_the_disks_meta_data() -> None:
     nameless = change("name", ...)
     found, faults = read_offer(with_disk(nameless, meta_data="local-hostname: rack-9\n"))
     assert (faults, build_mapping(found)["name"]) == ((), "rack-9")
+    both = with_disk(nameless, meta_data="local-hostname: rack-9\n")
+    found, faults = read_offer(Offered({"hairpin.name": b"rack-8"}, both.disk))
+    assert (faults, build_mapping(found)["name"]) == ((), "rack-8")
     found, _ = read_offer(with_disk(build_seed(), meta_data="local-hostname: rack-9\n"))
     assert build_mapping(found)["name"] == "rack-12"
 
