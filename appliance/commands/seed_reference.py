@@ -81,6 +81,8 @@ or as a **NoCloud disk**: label `CIDATA`, iso9660 or vfat, a file `user-data` in
 key `hairpin` (and nothing else: no cloud-init runs here), and `meta-data`, of which `local-hostname` is the
 name where the seed has none. Both at once is a fault.
 
+The same file does for both: a credential may have its seed under the key `hairpin`, too.
+
     xorriso -as mkisofs -V CIDATA -J -r -o rack-12.iso user-data meta-data
 
 Single values may come as credentials of their own, so that secrets need not stand beside the rest, and one seed

@@ -101,6 +101,8 @@ def read_offer(offered: Offered) -> tuple[Offer, tuple[Fault, ...]]:
         document = _decode(
             f"credential {SEED_CREDENTIAL}", offered.credentials[SEED_CREDENTIAL], faults
         )
+        if document is not None and set(document) == {"hairpin"}:
+            document = _unwrap(f"credential {SEED_CREDENTIAL}", document, faults)
         if offered.disk is not None:
             reason = "there are two seeds: this one and a NoCloud disk"
             faults.append(Fault(f"credential {SEED_CREDENTIAL}", reason, "take one of them away"))
@@ -238,18 +240,28 @@ def _read_disk(
         if key != "hairpin":
             mend = "leave it out: no cloud-init runs here, only `hairpin` is read"
             faults.append(Fault(f"disk CIDATA, user-data, {key[:80]}", "is not done", mend))
-    if getattr(data, "duplicates", ()):
-        faults.append(Fault("disk CIDATA, user-data", "a key stands twice", "leave one of them"))
-    seed = data.get("hairpin")
-    if not isinstance(seed, Mapping):
-        mend = "write the seed under the key `hairpin` (docs/first-boot.md)"
-        faults.append(Fault("disk CIDATA, user-data, hairpin", "must be a mapping", mend))
+    seed = _unwrap("disk CIDATA, user-data", data, faults)
+    if seed is None:
         return None
     if "name" not in seed and not named and "local-hostname" in meta:
         with_name = _copy(seed)
         with_name["name"] = meta["local-hostname"]
         return with_name
     return seed
+
+
+def _unwrap(
+    path: str, data: Mapping[str, object], faults: list[Fault]
+) -> Mapping[str, object] | None:
+    """The seed under the key `hairpin`: one file does as a credential and as a disk's `user-data`."""
+    if getattr(data, "duplicates", ()):
+        faults.append(Fault(path, "a key stands twice", "leave one of them"))
+    seed = data.get("hairpin")
+    if isinstance(seed, Mapping):
+        return seed
+    mend = "write the seed under the key `hairpin` (docs/first-boot.md)"
+    faults.append(Fault(f"{path}, hairpin", "must be a mapping", mend))
+    return None
 
 
 def _read_meta(data: bytes, faults: list[Fault]) -> Mapping[str, object]:

@@ -277,6 +277,18 @@ def test_a_disk_gives_the_same_seed_as_a_credential() -> None:
     assert build_mapping(by_disk) == build_seed()
 
 
+def test_one_file_does_as_a_credential_and_as_a_disks_user_data() -> None:
+    wrapped, faults = read_offer(offer({"hairpin": build_seed()}))
+    assert faults == ()
+    assert wrapped.digest == read_offer(offer(build_seed()))[0].digest
+    path = "credential hairpin.seed"
+    assert read_faults(offer({"hairpin": []})) == {f"{path}, hairpin": "must be a mapping"}
+    twice = Offered({"hairpin.seed": b"hairpin: {}\nhairpin: {}\n"})
+    assert read_faults(twice) == {path: "a key stands twice"}
+    beside, _ = read_offer(offer({"hairpin": {}, "name": "rack-12"}))
+    assert "hairpin" in find_faults(build_mapping(beside))
+
+
 def test_single_values_stand_for_their_places_and_never_beside_them() -> None:
     seed = change("api.token", ..., change("switch.key", ..., change("name", ...)))
     key = build_seed()["switch"]["key"]
