@@ -7,7 +7,9 @@ wrong values are refused, all at once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ from appliance.inspection.placement import NICE, number_queues
 from steering.documents import Decoded, parse_text
 from steering.errors import FieldError, WrongInput
 from steering.model import Lane, Leg, Profile
+from steering.tls import TlsFiles
 
 Vlan = Annotated[int, Field(ge=1, le=4094)]
 QueueNumber = Annotated[int, Field(ge=0, le=65535)]
@@ -32,14 +35,34 @@ PortNumber = Annotated[int, Field(ge=1, le=65535)]
 InterfaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$")]
 NamespaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-# Plain TCP is taken from this machine only: nothing proves who is at the other end.
-Connection = Annotated[
-    str,
-    Field(
-        pattern=r"^(unix:/[^\s]+|ssl:(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-        r"|tcp:(127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|\[::1\])(:[0-9]{1,5})?)$"
-    ),
-]
+
+
+def _check_connection(value: str) -> str:
+    """One of ``unix:/PATH``, ``ssl:ADDRESS:PORT``, ``tcp:LOOPBACK:PORT``, as OVS writes them.
+
+    Plain TCP is taken from this machine only: nothing proves who is at the other end.
+    """
+    method, _, rest = value.partition(":")
+    if method == "unix" and re.fullmatch(r"/\S+", rest):
+        return value
+    if method not in ("ssl", "tcp"):
+        raise ValueError("must be unix:/PATH, ssl:ADDRESS:PORT, or tcp: to loopback")
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):([0-9]{1,5})", rest)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise ValueError(f"must be {method}:ADDRESS:PORT, an IPv6 address in brackets")
+    try:
+        address = ip_address(found[1].strip("[]"))
+    except ValueError as fault:
+        # OVS's Python library knows no names, its programs ask DNS and nothing else.
+        raise ValueError(f"{found[1]} is no address; a name belongs into tls.serverName") from fault
+    if method == "tcp" and not address.is_loopback:
+        raise ValueError(
+            "plain TCP is for loopback only: anybody between could steer the traffic; use ssl:"
+        )
+    return value
+
+
+Connection = Annotated[str, AfterValidator(_check_connection)]
 
 
 def _check_absolute(path: Path) -> Path:
@@ -55,12 +78,30 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class SwitchTls(Document):
+    """Both ends of an `ssl:` connection show a certificate and check the other's (docs/deploy.md)."""
+
+    ca_file: AbsolutePath = Field(
+        alias="caFile", description="CA certificates (PEM); one of them signed the switch's."
+    )
+    cert_file: AbsolutePath = Field(alias="certFile", description="Our own certificate (PEM).")
+    key_file: AbsolutePath = Field(
+        alias="keyFile", description="Its private key (PEM), for the service's user only."
+    )
+    server_name: str | None = Field(
+        default=None,
+        alias="serverName",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$",
+        description="The name that the switch's certificate must be for; none: the connection's address.",
+    )
+
+
 class SwitchSettings(Document):
     """The bridge that is steered, reached by connection strings as OVS writes them."""
 
     ovsdb: Connection = Field(
         default="unix:/run/openvswitch/db.sock",
-        description="OVSDB server: `unix:PATH`, or `ssl:HOST:PORT`; `tcp:` to loopback only.",
+        description="OVSDB server: `unix:PATH`, or `ssl:ADDRESS:PORT`; `tcp:` to loopback only.",
     )
     bridge: InterfaceName = Field(default="br-int", description="The integration bridge's name.")
     openflow: Connection = Field(
@@ -73,6 +114,25 @@ class SwitchSettings(Document):
         description="ovs-vswitchd's control socket, for `ofproto/trace`, or its pid file, by which the "
         "socket is found; none over the network.",
     )
+    tls: SwitchTls | None = Field(
+        default=None, description="Certificates; needed by `ssl:`, and by nothing else."
+    )
+
+    @model_validator(mode="after")
+    def _tls_fits(self) -> SwitchSettings:
+        wants = [one for one in (self.ovsdb, self.openflow) if one.startswith("ssl:")]
+        if wants and self.tls is None:
+            raise ValueError(f"{wants[0]} needs tls: caFile, certFile and keyFile")
+        if self.tls is not None and not wants:
+            raise ValueError("tls is for connections that begin with ssl:")
+        return self
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        tls = self.tls
+        if tls is None:
+            return None
+        return TlsFiles(tls.ca_file, tls.cert_file, tls.key_file, tls.server_name)
 
 
 class LegSettings(Document):
@@ -456,7 +516,7 @@ def parse_settings(text: str) -> Settings:
     try:
         settings = Settings.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as fault:
-        raise WrongInput([*faults, *_build_faults(fault)]) from fault
+        raise WrongInput([*faults, *build_faults(fault)]) from fault
     if faults:
         raise WrongInput(faults)
     return settings
@@ -495,7 +555,8 @@ def _find_repeated(value: object, at: tuple[str | int, ...] = ()) -> Iterator[st
             yield from _find_repeated(inner, (*at, number))
 
 
-def _build_faults(fault: ValidationError) -> list[FieldError]:
+def build_faults(fault: ValidationError) -> list[FieldError]:
+    """What pydantic found, each with its path as a person writes it."""
     return [
         FieldError(_render_path(error["loc"]), _render_reason(error))
         for error in fault.errors()
