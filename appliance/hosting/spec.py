@@ -90,7 +90,10 @@ class ServiceVm(Part):
 
 
 class HostSpec(Part):
-    """`host.yaml`. ``tls`` `existing`: the switch has certificates already, which are left as they are."""
+    """`host.yaml`. ``tls`` `existing`: the switch has certificates already, which are left as they are.
+
+    ``ovs_database``: its owner is whom Open vSwitch runs as, and gets the certificates.
+    """
 
     api_version: Literal["hairpin/v1"] = Field(default="hairpin/v1", alias="apiVersion")
     kind: Literal["Host"] = "Host"
@@ -101,6 +104,8 @@ class HostSpec(Part):
     ovsdb_port: PortNumber = Field(default=6640, alias="ovsdbPort")
     openflow_port: PortNumber = Field(default=6653, alias="openflowPort")
     directory: HostPath = "/etc/openvswitch/hairpin"
+    ovs_database: HostPath = Field(default="/etc/openvswitch/conf.db", alias="ovsDatabase")
+    vm_directory: HostPath = Field(default="/etc/hairpin-host", alias="vmDirectory")
     tls: Literal["issue", "existing"] = "issue"
     vm_mtu: int = Field(default=1500, alias="vmMtu", ge=576, le=65000)
     bfd_milliseconds: int = Field(default=50, alias="bfdMilliseconds", ge=10, le=1000)
@@ -186,6 +191,16 @@ def build_mac(spec: HostSpec, what: str) -> str:
 
 def _render_mac(random: bytes) -> str:
     return ":".join(f"{byte:02x}" for byte in (0x02, *random[:5]))
+
+
+def seed_path(spec: HostSpec) -> str:
+    """On the host: what the VM is told at its first boot."""
+    return f"{spec.vm_directory}/{spec.vm.name}-seed.yaml"
+
+
+def domain_path(spec: HostSpec) -> str:
+    """On the host: what libvirt is told of the VM."""
+    return f"{spec.vm_directory}/{spec.vm.name}.xml"
 
 
 def render_listener(spec: HostSpec, port: int) -> str:
