@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Look:
     """What a command prints, without quotes and spaces around. ``awk``: a program its lines go through.
 
-    A command that fails looks like one that prints nothing.
+    A command that fails is a failure of the whole: never the same as one that prints nothing.
     """
 
     argv: tuple[str, ...]

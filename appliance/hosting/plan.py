@@ -48,7 +48,7 @@ FILES = ("ca.pem", "host.pem", "host.key")
 
 # Lines of `dump-flows --no-stats` that are neither Hairpin's own nor the plain one that it added.
 _FOREIGN = (
-    f"/actions=/ && !/cookie=0x{COOKIE_PREFIX:x}[0-9a-f]+[ ,]/ && !/cookie={BASE_COOKIE:#x}[ ,]/ "
+    f"/actions=/ && !/cookie=0x{COOKIE_PREFIX:x}{'[0-9a-f]' * 12}[ ,]/ && !/cookie={BASE_COOKIE:#x}[ ,]/ "
     "{print; exit}"
 )
 _NOT_PLAIN = "/actions=/ && $0 !~ /^ *priority=0 actions=NORMAL *$/ {print; exit}"
@@ -120,15 +120,19 @@ def _refuse_if_any(look: Look, reason: str, mend: str) -> Op:
     return _refuse_unless(look, "", reason, mend)
 
 
+def _check_bridge(bridge: str) -> Op:
+    return _refuse_unless(
+        Look((*VSCTL, "--bare", "--columns=name", "find", "Bridge", f"name={bridge}")),
+        bridge,
+        f"there is no bridge {bridge}",
+        "correct bridge in host.yaml; run this on the host itself",
+    )
+
+
 def _build_checks(spec: HostSpec) -> tuple[Op, ...]:
     bridge = spec.bridge
     return (
-        _refuse_unless(
-            Look((*VSCTL, "--bare", "--columns=name", "find", "Bridge", f"name={bridge}")),
-            bridge,
-            f"there is no bridge {bridge}, or Open vSwitch does not answer",
-            "correct bridge in host.yaml; run this as root on the host itself",
-        ),
+        _check_bridge(bridge),
         _refuse_unless(
             Look(
                 (*VSCTL, "get", "Bridge", bridge, "protocols"),
@@ -140,8 +144,8 @@ def _build_checks(spec: HostSpec) -> tuple[Op, ...]:
         ),
         _refuse_if_any(
             Look(
-                ("ip", "-o", "addr", "show", "dev", bridge),
-                f'{{split($4, a, "/"); if (a[1] == "{spec.address}") print}}',
+                ("ip", "-o", "addr", "show"),
+                f'$2 == "{bridge}" {{split($4, a, "/"); if (a[1] == "{spec.address}") print}}',
             ),
             f"{spec.address} is an address of bridge {bridge} itself: after a restart of the host nothing "
             "passes there until the appliance is connected, and it could not connect",
@@ -371,6 +375,7 @@ def _build_restore(spec: HostSpec, mark: Look) -> tuple[Op, ...]:
         Say(f"bridge {bridge} is as it was"),
     )  # fmt: skip
     return (
+        _check_bridge(bridge),
         When(mark, "", then=(Say(f"bridge {bridge} is not prepared"),), otherwise=(
             When(owner, spec.name, otherwise=(
                 Refuse(f"bridge {bridge} was prepared for another host's plan", "use that plan"),

@@ -29,6 +29,8 @@ _HEAD = """\
 set -eu
 umask 077
 refuse() {{ printf 'refused: %s; %s\\n' "$1" "$2" >&2; exit 1; }}
+# look AWK COMMAND...: what it prints, through awk, without quotes. If it fails, so does the script.
+look() {{ by=$1; shift; said=$("$@") || return 1; printf '%s\\n' "$said" | awk "$by" | tr -d '"'; }}
 """
 
 
@@ -37,9 +39,8 @@ def render_script(title: str, ops: Iterable[Op]) -> str:
 
 
 def _look(look: Look) -> str:
-    """A command substitution whose words are what the look gives."""
-    awk = f" | awk {shlex.quote(look.awk)}" if look.awk else ""
-    return f"$( {{ {shlex.join(look.argv)} 2>/dev/null || :; }}{awk} | tr -d '\"' )"
+    """A command substitution; to be assigned, since only then its failure ends the script (`set -e`)."""
+    return f"$(look {shlex.join((look.awk or '1', *look.argv))})"
 
 
 def _render(ops: Iterable[Op], indent: str) -> Iterator[str]:
@@ -59,20 +60,22 @@ def _render_op(op: Op, indent: str) -> Iterator[str]:
                 '"$one"'.join(shlex.quote(part) if part else "" for part in word.split("{}"))
                 for word in argv
             )
-            yield f"{indent}for one in {_look(look)}; do {command} > /dev/null; done"
+            yield f"{indent}got={_look(look)}"
+            yield f"{indent}for one in $got; do {command} > /dev/null; done"
         case Refuse(reason, mend):
             yield f"{indent}refuse {shlex.quote(reason)} {shlex.quote(mend)}"
         case When(look, equals, then, otherwise):
             yield from _render_when(look, equals, then, otherwise, indent)
         case Await(look, seconds, reason, mend):
-            yield f"{indent}tries=0"
-            yield f'{indent}until [ -n "{_look(look)}" ]; do'
+            yield f"{indent}tries=0 got={_look(look)}"
+            yield f'{indent}until [ -n "$got" ]; do'
             yield f"{indent}    tries=$((tries + 1))"
             yield (
                 f"{indent}    [ $tries -lt {seconds * 5} ] || "
                 f"refuse {shlex.quote(reason)} {shlex.quote(mend)}"
             )
             yield f"{indent}    sleep 0.2"
+            yield f"{indent}    got={_look(look)}"
             yield f"{indent}done"
         case Folder(path, like):
             quoted = shlex.quote(path)
@@ -92,7 +95,8 @@ def _render_when(
 ) -> Iterator[str]:
     deeper = indent + "    "
     sign, first, second = ("=", then, otherwise) if then else ("!=", otherwise, ())
-    yield f'{indent}if [ "{_look(look)}" {sign} {shlex.quote(equals)} ]; then'
+    yield f"{indent}got={_look(look)}"
+    yield f'{indent}if [ "$got" {sign} {shlex.quote(equals)} ]; then'
     yield from (line.rstrip("\n") for line in _render(first, deeper))
     if second:
         yield f"{indent}else"
@@ -106,9 +110,11 @@ def _render_put(put: Put, indent: str) -> Iterator[str]:
     yield f"{indent}cat > {temporary} <<'{END}'"
     yield put.text.rstrip("\n")
     yield END
+    if put.ours is not None:
+        yield f"{indent}got={_look(put.ours)}"
     fine = f"[ ! -e {path} ] || cmp -s {temporary} {path}"
     if put.ours is not None:
-        fine += f' || [ "{_look(put.ours)}" = {shlex.quote(put.equals)} ]'
+        fine += f' || [ "$got" = {shlex.quote(put.equals)} ]'
     reason, mend = shlex.quote(find_taken_reason(put)), shlex.quote(TAKEN_MEND)
     yield f"{indent}{fine} || {{ rm -f {temporary}; refuse {reason} {mend}; }}"
     if put.like:

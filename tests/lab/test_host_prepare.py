@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from appliance.cli import run_cli
+from appliance.hosting.door import carry_out
 from appliance.hosting.keeping import keep
 from appliance.hosting.ops import HostPlan, Op, When
 from appliance.hosting.plan import BASE_FLOW, build_plan
@@ -29,6 +30,7 @@ from appliance.hosting.script import render_script
 from appliance.hosting.spec import HostSpec, build_ports, parse_spec
 from appliance.hosting.vm import render_domain, render_seed
 from appliance.settings import Settings
+from steering.errors import HairpinError
 from steering.events import SteeringEvent
 from steering.model import PolicySet
 from steering.peer import find_peer_fault
@@ -295,6 +297,35 @@ def test_a_listener_that_does_not_come_up_is_told(
     assert "nobody listens" in capsys.readouterr().err
     assert host.restore() == 0
     assert host.state() == before
+
+
+def test_a_switch_that_does_not_answer_is_not_taken_for_one_without_hairpin(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert host.prepare() == 0
+    before = host.state()
+    monkeypatch.setenv("OVS_RUNDIR", str(host.switch.directory / "nowhere"))
+    for ops in (host.plan.restore, host.plan.prepare):
+        with pytest.raises(HairpinError):
+            carry_out(ops, print)
+        assert host.run_script(ops).returncode != 0
+    assert host.state() == before
+
+
+def test_restore_refuses_while_flows_of_others_would_be_lost(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert host.prepare() == 0
+    for cookie in ("0", "0x48501"):  # neither is Hairpin's
+        host.ofctl("add-flow", f"cookie={cookie},priority=7,in_port=1,actions=drop")
+        before = host.state()
+        assert host.restore() == 1
+        assert "flows of others" in capsys.readouterr().err
+        assert host.run_script(host.plan.restore).returncode == 1
+        assert host.state() == before
+        host.ofctl("del-flows", f"cookie={cookie}/-1,in_port=1")
+    host.ofctl("add-flow", "cookie=0x4850010000000001,priority=7,in_port=1,actions=drop")
+    assert host.restore() == 0
 
 
 def find_runs(ops: tuple[Op, ...], number: int) -> tuple[tuple[Op, ...], int]:

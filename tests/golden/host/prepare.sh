@@ -4,32 +4,44 @@
 set -eu
 umask 077
 refuse() { printf 'refused: %s; %s\n' "$1" "$2" >&2; exit 1; }
-if [ "$( { ovs-vsctl --timeout=15 --bare --columns=name find Bridge name=br-int 2>/dev/null || :; } | tr -d '"' )" != br-int ]; then
-    refuse 'there is no bridge br-int, or Open vSwitch does not answer' 'correct bridge in host.yaml; run this as root on the host itself'
+# look AWK COMMAND...: what it prints, through awk, without quotes. If it fails, so does the script.
+look() { by=$1; shift; said=$("$@") || return 1; printf '%s\n' "$said" | awk "$by" | tr -d '"'; }
+got=$(look 1 ovs-vsctl --timeout=15 --bare --columns=name find Bridge name=br-int)
+if [ "$got" != br-int ]; then
+    refuse 'there is no bridge br-int' 'correct bridge in host.yaml; run this on the host itself'
 fi
-if [ "$( { ovs-vsctl --timeout=15 get Bridge br-int protocols 2>/dev/null || :; } | awk '/^\[\]$/ || /OpenFlow15/ {print "enough"}' | tr -d '"' )" != enough ]; then
+got=$(look '/^\[\]$/ || /OpenFlow15/ {print "enough"}' ovs-vsctl --timeout=15 get Bridge br-int protocols)
+if [ "$got" != enough ]; then
     refuse 'bridge br-int does not allow OpenFlow 1.5' 'ovs-vsctl add Bridge br-int protocols OpenFlow10,OpenFlow14,OpenFlow15'
 fi
-if [ "$( { ip -o addr show dev br-int 2>/dev/null || :; } | awk '{split($4, a, "/"); if (a[1] == "192.0.2.10") print}' | tr -d '"' )" != '' ]; then
+got=$(look '$2 == "br-int" {split($4, a, "/"); if (a[1] == "192.0.2.10") print}' ip -o addr show)
+if [ "$got" != '' ]; then
     refuse '192.0.2.10 is an address of bridge br-int itself: after a restart of the host nothing passes there until the appliance is connected, and it could not connect' 'give the host an address on another network, and name it in host.yaml'
 fi
-if [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" != hv-1/49ffe5fba23c ]; then
-    if [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" != '' ]; then
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+if [ "$got" != hv-1/49ffe5fba23c ]; then
+    got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+    if [ "$got" != '' ]; then
         refuse 'bridge br-int is prepared already, by another plan' '`hairpin host restore` with the plan of then, then prepare it anew'
     fi
-    if [ "$( { ovs-vsctl --timeout=15 --bare --columns=private_key list SSL 2>/dev/null || :; } | tr -d '"' )" != '' ]; then
+    got=$(look 1 ovs-vsctl --timeout=15 --bare --columns=private_key list SSL)
+    if [ "$got" != '' ]; then
         refuse 'the switch has certificates already (`ovs-vsctl get-ssl`)' 'to use them, set `tls: existing` in host.yaml; they are left as they are'
     fi
-    if [ "$( { ovs-vsctl --timeout=15 --bare --columns=name list Interface 2>/dev/null || :; } | awk '$1 == "hp-prev-a" || $1 == "hp-prev-b" || $1 == "hp-prev-c" || $1 == "hp-det-a" || $1 == "hp-det-b" || $1 == "hp-canary" {print; exit}' | tr -d '"' )" != '' ]; then
+    got=$(look '$1 == "hp-prev-a" || $1 == "hp-prev-b" || $1 == "hp-prev-c" || $1 == "hp-det-a" || $1 == "hp-det-b" || $1 == "hp-canary" {print; exit}' ovs-vsctl --timeout=15 --bare --columns=name list Interface)
+    if [ "$got" != '' ]; then
         refuse 'there is a port of the name of a leg already' '`ovs-vsctl show`; remove or rename it'
     fi
-    if [ "$( { ls /sys/class/net 2>/dev/null || :; } | awk '$1 == "hp-prev-a" || $1 == "hp-prev-b" || $1 == "hp-prev-c" || $1 == "hp-det-a" || $1 == "hp-det-b" || $1 == "hp-canary" {print; exit}' | tr -d '"' )" != '' ]; then
+    got=$(look '$1 == "hp-prev-a" || $1 == "hp-prev-b" || $1 == "hp-prev-c" || $1 == "hp-det-a" || $1 == "hp-det-b" || $1 == "hp-canary" {print; exit}' ls /sys/class/net)
+    if [ "$got" != '' ]; then
         refuse 'there is a network device of the name of a leg already' '`ip link`; remove or rename it'
     fi
-    if [ "$( { ovs-vsctl --timeout=15 --bare --columns=ofport,ofport_request list Interface 2>/dev/null || :; } | awk '$1 == 65000 || $1 == 65001 || $1 == 65002 || $1 == 65004 || $1 == 65005 || $1 == 65008 {print; exit}' | tr -d '"' )" != '' ]; then
+    got=$(look '$1 == 65000 || $1 == 65001 || $1 == 65002 || $1 == 65004 || $1 == 65005 || $1 == 65008 {print; exit}' ovs-vsctl --timeout=15 --bare --columns=ofport,ofport_request list Interface)
+    if [ "$got" != '' ]; then
         refuse 'a port has one of the numbers from 65000 on already' 'set firstOfport in host.yaml to another one, from 32768 on'
     fi
-    if [ "$( { ss -Hltn 2>/dev/null || :; } | awk '$4 ~ /:6640$/ || $4 ~ /:6653$/ {print; exit}' | tr -d '"' )" != '' ]; then
+    got=$(look '$4 ~ /:6640$/ || $4 ~ /:6653$/ {print; exit}' ss -Hltn)
+    if [ "$got" != '' ]; then
         refuse 'somebody listens at port 6640 or 6653 already' 'set ovsdbPort and openflowPort in host.yaml to others'
     fi
 fi
@@ -38,21 +50,24 @@ chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin
 cat > /etc/openvswitch/hairpin/ca.pem.new <<'END-OF-HAIRPIN-FILE'
 (CA certificate)
 END-OF-HAIRPIN-FILE
-[ ! -e /etc/openvswitch/hairpin/ca.pem ] || cmp -s /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem || [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" = hv-1/49ffe5fba23c ] || { rm -f /etc/openvswitch/hairpin/ca.pem.new; refuse '/etc/openvswitch/hairpin/ca.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+[ ! -e /etc/openvswitch/hairpin/ca.pem ] || cmp -s /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem || [ "$got" = hv-1/49ffe5fba23c ] || { rm -f /etc/openvswitch/hairpin/ca.pem.new; refuse '/etc/openvswitch/hairpin/ca.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/ca.pem.new
 chmod 0644 /etc/openvswitch/hairpin/ca.pem.new
 mv /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem
 cat > /etc/openvswitch/hairpin/host.pem.new <<'END-OF-HAIRPIN-FILE'
 (host certificate)
 END-OF-HAIRPIN-FILE
-[ ! -e /etc/openvswitch/hairpin/host.pem ] || cmp -s /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem || [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" = hv-1/49ffe5fba23c ] || { rm -f /etc/openvswitch/hairpin/host.pem.new; refuse '/etc/openvswitch/hairpin/host.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+[ ! -e /etc/openvswitch/hairpin/host.pem ] || cmp -s /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem || [ "$got" = hv-1/49ffe5fba23c ] || { rm -f /etc/openvswitch/hairpin/host.pem.new; refuse '/etc/openvswitch/hairpin/host.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.pem.new
 chmod 0644 /etc/openvswitch/hairpin/host.pem.new
 mv /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem
 cat > /etc/openvswitch/hairpin/host.key.new <<'END-OF-HAIRPIN-FILE'
 (host key)
 END-OF-HAIRPIN-FILE
-[ ! -e /etc/openvswitch/hairpin/host.key ] || cmp -s /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key || [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" = hv-1/49ffe5fba23c ] || { rm -f /etc/openvswitch/hairpin/host.key.new; refuse '/etc/openvswitch/hairpin/host.key is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+[ ! -e /etc/openvswitch/hairpin/host.key ] || cmp -s /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key || [ "$got" = hv-1/49ffe5fba23c ] || { rm -f /etc/openvswitch/hairpin/host.key.new; refuse '/etc/openvswitch/hairpin/host.key is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.key.new
 chmod 0600 /etc/openvswitch/hairpin/host.key.new
 mv /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key
@@ -100,7 +115,8 @@ hairpin:
     interface: hp-canary
     mac: 02:ef:32:53:bc:0b
 END-OF-HAIRPIN-FILE
-[ ! -e /etc/hairpin-host/hairpin-seed.yaml ] || cmp -s /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml || [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" = hv-1/49ffe5fba23c ] || { rm -f /etc/hairpin-host/hairpin-seed.yaml.new; refuse '/etc/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+[ ! -e /etc/hairpin-host/hairpin-seed.yaml ] || cmp -s /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml || [ "$got" = hv-1/49ffe5fba23c ] || { rm -f /etc/hairpin-host/hairpin-seed.yaml.new; refuse '/etc/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chgrp libvirt-qemu /etc/hairpin-host/hairpin-seed.yaml.new
 chmod 0640 /etc/hairpin-host/hairpin-seed.yaml.new
 mv /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml
@@ -179,23 +195,29 @@ cat > /etc/hairpin-host/hairpin.xml.new <<'END-OF-HAIRPIN-FILE'
   </devices>
 </domain>
 END-OF-HAIRPIN-FILE
-[ ! -e /etc/hairpin-host/hairpin.xml ] || cmp -s /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml || [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" = hv-1/49ffe5fba23c ] || { rm -f /etc/hairpin-host/hairpin.xml.new; refuse '/etc/hairpin-host/hairpin.xml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+[ ! -e /etc/hairpin-host/hairpin.xml ] || cmp -s /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml || [ "$got" = hv-1/49ffe5fba23c ] || { rm -f /etc/hairpin-host/hairpin.xml.new; refuse '/etc/hairpin-host/hairpin.xml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chmod 0600 /etc/hairpin-host/hairpin.xml.new
 mv /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml
-if [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host 2>/dev/null || :; } | tr -d '"' )" = hv-1/49ffe5fba23c ]; then
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
+if [ "$got" = hv-1/49ffe5fba23c ]; then
     echo 'the switch is prepared already'
 else
     echo 'the ports come to life with the VM; that Open vSwitch can'"'"'t open them yet is right'
-    if [ "$( { ovs-vsctl --timeout=15 get-fail-mode br-int 2>/dev/null || :; } | tr -d '"' )" = secure ]; then
+    got=$(look 1 ovs-vsctl --timeout=15 get-fail-mode br-int)
+    if [ "$got" = secure ]; then
         ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/49ffe5fba23c"' > /dev/null
     else
-        if [ "$( { ovs-ofctl -O OpenFlow15 --timeout=15 --no-stats dump-flows br-int 2>/dev/null || :; } | awk '/actions=/ && $0 !~ /^ *priority=0 actions=NORMAL *$/ {print; exit}' | tr -d '"' )" != '' ]; then
+        got=$(look '/actions=/ && $0 !~ /^ *priority=0 actions=NORMAL *$/ {print; exit}' ovs-ofctl -O OpenFlow15 --timeout=15 --no-stats dump-flows br-int)
+        if [ "$got" != '' ]; then
             refuse 'bridge br-int is not in fail mode secure, and has flows of its own: a change of the mode would lose them' '`ovs-vsctl set-fail-mode br-int secure`, add your flows again, then prepare'
         fi
-        if [ "$( { ovs-ofctl -O OpenFlow15 --timeout=15 dump-groups br-int 2>/dev/null || :; } | awk '/group_id=/ {print; exit}' | tr -d '"' )" != '' ]; then
+        got=$(look '/group_id=/ {print; exit}' ovs-ofctl -O OpenFlow15 --timeout=15 dump-groups br-int)
+        if [ "$got" != '' ]; then
             refuse 'bridge br-int is not in fail mode secure, and has flows of its own: a change of the mode would lose them' '`ovs-vsctl set-fail-mode br-int secure`, add your flows again, then prepare'
         fi
-        if [ "$( { ovs-vsctl --timeout=15 get-fail-mode br-int 2>/dev/null || :; } | tr -d '"' )" = standalone ]; then
+        got=$(look 1 ovs-vsctl --timeout=15 get-fail-mode br-int)
+        if [ "$got" = standalone ]; then
             ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/49ffe5fba23c"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=standalone > /dev/null
             ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
         else
@@ -204,20 +226,23 @@ else
         fi
     fi
 fi
-if [ "$( { ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-former-fail-mode 2>/dev/null || :; } | tr -d '"' )" != '' ]; then
+got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-former-fail-mode)
+if [ "$got" != '' ]; then
     ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
 fi
-tries=0
-until [ -n "$( { ss -Hltn 2>/dev/null || :; } | awk '$4 ~ /:6640$/ {print; exit}' | tr -d '"' )" ]; do
+tries=0 got=$(look '$4 ~ /:6640$/ {print; exit}' ss -Hltn)
+until [ -n "$got" ]; do
     tries=$((tries + 1))
     [ $tries -lt 50 ] || refuse 'nobody listens at port 6640, although the switch was told to' 'see the log of Open vSwitch; is the address in host.yaml one of this host'"'"'s? Then run this again'
     sleep 0.2
+    got=$(look '$4 ~ /:6640$/ {print; exit}' ss -Hltn)
 done
-tries=0
-until [ -n "$( { ss -Hltn 2>/dev/null || :; } | awk '$4 ~ /:6653$/ {print; exit}' | tr -d '"' )" ]; do
+tries=0 got=$(look '$4 ~ /:6653$/ {print; exit}' ss -Hltn)
+until [ -n "$got" ]; do
     tries=$((tries + 1))
     [ $tries -lt 50 ] || refuse 'nobody listens at port 6653, although the switch was told to' 'see the log of Open vSwitch; is the address in host.yaml one of this host'"'"'s? Then run this again'
     sleep 0.2
+    got=$(look '$4 ~ /:6653$/ {print; exit}' ss -Hltn)
 done
 echo 'next: virsh define /etc/hairpin-host/hairpin.xml && virsh start hairpin'
 echo 'prepared: OVSDB at pssl:6640:192.0.2.10, OpenFlow at pssl:6653:192.0.2.10'
