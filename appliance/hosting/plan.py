@@ -100,6 +100,7 @@ def build_plan(
                 Say("the ports come to life with the VM; that Open vSwitch can't open them yet is right"),
                 *_build_change(spec, ports, pki, ours),
             )),
+            *_build_taps(spec, ports),
             # Also after a restart of the switch, which loses it.
             When(_look_former(spec), "", otherwise=(_add_base(spec),)),
             _await_listening(spec.ovsdb_port),
@@ -133,6 +134,23 @@ def _build_checks(spec: HostSpec) -> tuple[Op, ...]:
     bridge = spec.bridge
     return (
         _check_bridge(bridge),
+        *(
+            ()
+            if spec.taps == "kept"
+            else (
+                When(
+                    Look((*VSCTL, "get", "Bridge", bridge, "datapath_type")),
+                    "netdev",
+                    then=(
+                        Refuse(
+                            f"bridge {bridge} has the userspace datapath, which never takes a VM's tap again once "
+                            "the VM has ended",
+                            "set `taps: kept` in host.yaml",
+                        ),
+                    ),
+                ),
+            )
+        ),
         _refuse_unless(
             Look(
                 (*VSCTL, "get", "Bridge", bridge, "protocols"),
@@ -182,7 +200,7 @@ def _build_demands(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None) ->
             "`ovs-vsctl show`; remove or rename it",
         ),
         _refuse_if_any(
-            Look(("ls", "/sys/class/net"), f"{names} {{print; exit}}"),
+            _look_devices(names.replace("$1", "$2")),
             "there is a network device of the name of a leg already",
             "`ip link`; remove or rename it",
         ),
@@ -316,6 +334,35 @@ def _await_listening(port: int) -> Op:
     )
 
 
+def _build_taps(spec: HostSpec, ports: Sequence[LegPort]) -> tuple[Op, ...]:
+    """What a restart of the host loses, so this is looked at each time."""
+    if spec.taps != "kept":
+        return ()
+    return tuple(
+        op
+        for port in ports
+        for op in (
+            When(_look_device(port.interface), "", then=(
+                Run(("ip", "tuntap", "add", "dev", port.interface, "mode", "tap", "vnet_hdr")),
+            )),
+            Run((
+                "ip", "link", "set", "dev", port.interface, "mtu", str(spec.vm_mtu + TAG_BYTES), "up",
+            )),
+        )
+    )  # fmt: skip
+
+
+def _look_device(name: str) -> Look:
+    return _look_devices(f'$2 == "{name}"')
+
+
+def _look_devices(condition: str) -> Look:
+    """Not by /sys, which may be another network namespace's."""
+    return Look(
+        ("ip", "-o", "link", "show"), f'{{sub(/[:@].*/, "", $2)}} {condition} {{print $2; exit}}'
+    )
+
+
 def _build_vm_files(
     spec: HostSpec, mark: Look, ours: str, domain: str, seed: str
 ) -> tuple[Op, ...]:
@@ -366,6 +413,11 @@ def _build_restore(spec: HostSpec, mark: Look) -> tuple[Op, ...]:
         Each(
             Look((*OFCTL, "dump-groups", bridge), _OUR_GROUPS),
             (*OFCTL, "del-groups", bridge, "group_id={}"),
+        ),
+        *(
+            (Each(find("Port", "name"), ("ip", "link", "del", "dev", "{}")),)
+            if spec.taps == "kept"
+            else ()
         ),
         Each(find("Port", "name"), (*VSCTL, "--if-exists", "del-port", bridge, "{}")),
         Each(find("SSL"), (*VSCTL, "del-ssl")),

@@ -92,6 +92,8 @@ class ServiceVm(Part):
 class HostSpec(Part):
     """`host.yaml`. ``tls`` `existing`: the switch has certificates already, which are left as they are.
 
+    ``taps``: `vm`, they come and go with it; `kept`, they are made beforehand, and must be again after a
+    restart of the host (Open vSwitch's userspace datapath never takes a device of the same name again).
     ``ovs_database``: its owner is whom Open vSwitch runs as, and gets the certificates.
     """
 
@@ -107,6 +109,7 @@ class HostSpec(Part):
     ovs_database: HostPath = Field(default="/etc/openvswitch/conf.db", alias="ovsDatabase")
     vm_directory: HostPath = Field(default="/etc/hairpin-host", alias="vmDirectory")
     tls: Literal["issue", "existing"] = "issue"
+    taps: Literal["vm", "kept"] = "vm"
     vm_mtu: int = Field(default=1500, alias="vmMtu", ge=576, le=65000)
     bfd_milliseconds: int = Field(default=50, alias="bfdMilliseconds", ge=10, le=1000)
     first_ofport: int = Field(

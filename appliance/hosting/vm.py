@@ -61,7 +61,8 @@ def render_domain(spec: HostSpec, ports: Sequence[LegPort]) -> str:
     for port in ports:
         link = add(devices, "interface", type="ethernet")
         add(link, "mac", address=port.mac)
-        add(link, "target", dev=port.interface)
+        kept = {"managed": "no"} if spec.taps == "kept" else {}
+        add(link, "target", dev=port.interface, **kept)
         add(link, "model", type="virtio")
         add(link, "mtu", size=str(spec.vm_mtu + TAG_BYTES))
     add(add(devices, "serial", type="pty"), "target", port="0")
