@@ -110,6 +110,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         lanes=lanes,
         canary=settings.canary.interface,
         on_event=keeper.take,
+        tls=settings.switch.tls_files,
     )
     in_force = await load_in_force(store)
     quarantines = await store.read(load_quarantines)
@@ -172,7 +173,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         reconciler.is_down,
         reconciler.has_links,
         read_inspection,
-        Reviver(settings.switch.ovsdb).revive,
+        Reviver(settings.switch.ovsdb, settings.switch.tls_files).revive,
     )
     retention = Retention(
         store,

@@ -14,6 +14,7 @@ import typer
 
 from appliance.commands import (
     firstboot,
+    host,
     lab,
     policy,
     proof,
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
     app.add_typer(rules.app, name="rules")
     app.command("health")(reading.show_health)
     app.command("doctor")(service.doctor)
+    app.add_typer(host.app, name="host")
     app.add_typer(lab.app, name="lab")
     app.command("serve")(service.serve)
     app.command("inspect")(service.inspect)

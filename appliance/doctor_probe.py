@@ -23,10 +23,13 @@ from appliance.doctor import (
     SwitchFacts,
 )
 from appliance.inspection.publish import Placement, read_inspection_state
-from appliance.settings import Settings, SwitchSettings
+from appliance.settings import Settings
+from appliance.settings_switch import SwitchSettings
 from steering.errors import CommandFailed
 from steering.model import Lane, Leg
+from steering.peer import find_peer_fault
 from steering.run import Finished, run
+from steering.tls import find_options
 
 COMMANDS = ("ethtool", "ip", "ovs-ofctl", "ovs-vsctl", "setpriv", "suricata-update")
 OFFLOADS = ("tx-checksumming", "tcp-segmentation-offload", "generic-segmentation-offload")
@@ -123,7 +126,11 @@ def parse_rows(text: str) -> list[dict[str, Any]]:
 
 def read_switch(settings: SwitchSettings) -> SwitchFacts:
     """The bridge of the settings with its ports, by ovs-vsctl and ovs-ofctl."""
-    vsctl = ["ovs-vsctl", f"--db={settings.ovsdb}", "--timeout=5", "--format=json"]
+    tls = settings.tls_files
+    reach = [f"--db={settings.ovsdb}", *find_options(settings.ovsdb, tls), "--timeout=5"]
+    vsctl = ["ovs-vsctl", *reach, "--format=json"]
+    if fault := find_peer_fault("ovsdb", settings.ovsdb, tls):
+        return SwitchFacts(False, str(fault))
     bridges = _try(
         [*vsctl, "--columns=name,datapath_type,fail_mode", "list", "Bridge"],
     )
@@ -148,8 +155,11 @@ def read_switch(settings: SwitchSettings) -> SwitchFacts:
     columns = "--columns=name,mtu,external_ids,error"
     interfaces = _try([*vsctl, columns, "list", "Interface"])
     rows = parse_rows(interfaces.stdout) if interfaces.status == 0 else []
-    shown = _try(["ovs-ofctl", "-O", "OpenFlow15", "--timeout=5", "show", settings.openflow])
-    openflow = Probe(shown.status == 0, "" if shown.status == 0 else _last_line(shown))
+    options = ["-O", "OpenFlow15", *find_options(settings.openflow, tls), "--timeout=5"]
+    shown = _try(["ovs-ofctl", *options, "show", settings.openflow])
+    peer = find_peer_fault("openflow", settings.openflow, tls)
+    refused = str(peer) if peer else "" if shown.status == 0 else _last_line(shown)
+    openflow = Probe(not refused, refused)
     return SwitchFacts(
         reachable=True,
         bridge=settings.bridge,

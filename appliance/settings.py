@@ -6,16 +6,12 @@ wrong values are refused, all at once.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -23,87 +19,23 @@ from pydantic import (
 )
 
 from appliance.inspection.placement import NICE, number_queues
+from appliance.settings_switch import SwitchSettings
+from appliance.settings_values import (
+    AbsolutePath,
+    Document,
+    InterfaceName,
+    Name,
+    NamespaceName,
+    PortNumber,
+    QueueNumber,
+    Vlan,
+    is_loopback,
+)
 from steering.documents import Decoded, parse_text
 from steering.errors import FieldError, WrongInput
 from steering.model import Lane, Leg, Profile
 
-Vlan = Annotated[int, Field(ge=1, le=4094)]
-QueueNumber = Annotated[int, Field(ge=0, le=65535)]
-PortNumber = Annotated[int, Field(ge=1, le=65535)]
-InterfaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$")]
-NamespaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-# Plain TCP is taken from this machine only: nothing proves who is at the other end.
-Connection = Annotated[
-    str,
-    Field(
-        pattern=r"^(unix:/[^\s]+|ssl:(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-        r"|tcp:(127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|\[::1\])(:[0-9]{1,5})?)$"
-    ),
-]
-
-
-def _check_absolute(path: Path) -> Path:
-    if not path.is_absolute():
-        raise ValueError("a path must begin with /")
-    return path
-
-
 STALE_DAYS = 7
-AbsolutePath = Annotated[Path, AfterValidator(_check_absolute)]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether what is sent to ``host`` stays on this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-class Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class SwitchTls(Document):
-    """Both ends of an `ssl:` connection show a certificate and check the other's (docs/deploy.md)."""
-
-    ca_file: AbsolutePath = Field(
-        alias="caFile", description="CA certificates (PEM); one of them signed the switch's."
-    )
-    cert_file: AbsolutePath = Field(alias="certFile", description="Our own certificate (PEM).")
-    key_file: AbsolutePath = Field(
-        alias="keyFile", description="Its private key (PEM), for the service's user only."
-    )
-    server_name: str | None = Field(
-        default=None,
-        alias="serverName",
-        pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$",
-        description="The name that the switch's certificate must be for; none: the connection's address.",
-    )
-
-
-class SwitchSettings(Document):
-    """The bridge that is steered, reached by connection strings as OVS writes them."""
-
-    ovsdb: Connection = Field(
-        default="unix:/run/openvswitch/db.sock",
-        description="OVSDB server: `unix:PATH`, or `ssl:HOST:PORT`; `tcp:` to loopback only.",
-    )
-    bridge: InterfaceName = Field(default="br-int", description="The integration bridge's name.")
-    openflow: Connection = Field(
-        default_factory=lambda known: f"unix:/run/openvswitch/{known['bridge']}.mgmt",
-        json_schema_extra={"default": "unix:/run/openvswitch/BRIDGE.mgmt"},
-        description="The bridge's OpenFlow management connection, written as `ovsdb`.",
-    )
-    vswitchd: AbsolutePath | None = Field(
-        default=None,
-        description="ovs-vswitchd's control socket, for `ofproto/trace`, or its pid file, by which the "
-        "socket is found; none over the network.",
-    )
-    tls: SwitchTls | None = Field(
-        default=None, description="Certificates; needed by `ssl:`, and by nothing else."
-    )
 
 
 class LegSettings(Document):
@@ -532,7 +464,7 @@ def parse_settings(text: str) -> Settings:
     try:
         settings = Settings.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as fault:
-        raise WrongInput([*faults, *_build_faults(fault)]) from fault
+        raise WrongInput([*faults, *build_faults(fault)]) from fault
     if faults:
         raise WrongInput(faults)
     return settings
@@ -573,7 +505,8 @@ def find_repeated(value: object, at: tuple[str | int, ...] = ()) -> Iterator[str
             yield from find_repeated(inner, (*at, number))
 
 
-def _build_faults(fault: ValidationError) -> list[FieldError]:
+def build_faults(fault: ValidationError) -> list[FieldError]:
+    """What pydantic found, each with its path as a person writes it."""
     return [
         FieldError(render_path(error["loc"]), _render_reason(error))
         for error in fault.errors()

@@ -36,6 +36,7 @@ from steering.rush import Rush
 from steering.sampling import Chosen, Sample, choose_witnesses
 from steering.switch.foreign import read_foreign
 from steering.switch.trace import ControlSocket, PortMap
+from steering.tls import TlsFiles
 from steering.witnesses import TraceRequest, render_entry, render_return
 
 log = structlog.get_logger("prove")
@@ -63,9 +64,11 @@ class Prover:
         clock: Callable[[], float] = time.time,
         pause: float = PAUSE,
         rush: Rush | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._vswitchd = vswitchd
         self._openflow = openflow
+        self._tls = tls
         self._clock = clock
         self._pause = pause
         self._rush = rush or Rush()
@@ -94,6 +97,7 @@ class Prover:
             work = _Work(
                 self._vswitchd,
                 self._openflow,
+                self._tls,
                 tuple(lanes),
                 forwarding,
                 stop,
@@ -148,6 +152,7 @@ class _Work:
         self,
         vswitchd: Path,
         openflow: str,
+        tls: TlsFiles | None,
         lanes: tuple[Lane, ...],
         forwarding: Mapping[str, bool],
         stop: threading.Event,
@@ -156,6 +161,7 @@ class _Work:
     ) -> None:
         self._rush = rush
         self._openflow = openflow
+        self._tls = tls
         self._lanes = lanes
         self._forwarding = forwarding
         self._stop = stop
@@ -174,7 +180,7 @@ class _Work:
         deadline = time.monotonic() + MOST_SECONDS
         with self._socket:
             self._ports = self._socket.read_ports()
-            foreign = read_foreign(self._openflow)
+            foreign = read_foreign(self._openflow, self._tls)
             self._foreign = find_foreign(foreign, sample.ends, self._lanes)
             scene = self._look(sample)
             doubtful: list[_Asked] = []

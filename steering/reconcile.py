@@ -41,6 +41,7 @@ from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
 from steering.switch.shortcuts import Shortcuts
 from steering.tasks import cancel_all
+from steering.tls import TlsFiles, find_ending
 from steering.widths import find_width_problems
 
 log = structlog.get_logger("reconcile")
@@ -60,6 +61,7 @@ class Reconciler:
 
     Construct, `await start(policies)`, then `plan` and `apply`; `close` leaves the switch as it is,
     so traffic goes on being steered without us. ``canary`` is the interface of Hairpin's own port.
+    ``tls`` is needed where ``ovsdb`` or ``openflow`` begins with ``ssl:``.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Reconciler:
         on_event: Callable[[SteeringEvent], None],
         canary: str | None = None,
         clock: Callable[[], float] = time.time,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._switch = OpenFlowSwitch(openflow)
+        self._switch = OpenFlowSwitch(openflow, tls)
         self._bridge = bridge
         self._lanes = tuple(lanes)
         self._on_event = on_event
@@ -100,9 +103,9 @@ class Reconciler:
         self._tasks: list[asyncio.Task[None]] = []
         self._forwarding: dict[str, bool] = {}
         self._owners: dict[int, str] = {}
-        self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread, canary)
+        self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread, canary, tls)
         self._monitor = FlowMonitor(
-            openflow, self._take_address, self._take_flow_change, self._doubt
+            openflow, self._take_address, self._take_flow_change, self._doubt, tls
         )
 
     # What is seen
@@ -175,6 +178,7 @@ class Reconciler:
             problems=(
                 *problems,
                 *self._find_policy_problems(),
+                *find_ending(self._ovsdb.ends, self._clock()),
             ),
         )
 
@@ -455,7 +459,7 @@ class Reconciler:
     def _take_view(self, view: SwitchView | None) -> None:
         self._is_view_stale = view is None
         if view is None:
-            self._lose("the connection to OVSDB ended")
+            self._lose(self._ovsdb.lost or "the connection to OVSDB ended")
             return
         before = find_steerable_ports(self.observed)
         self._view = view
@@ -478,12 +482,14 @@ class Reconciler:
         if self._lost is None:
             self._lost = (reason, self._clock())
             self._on_event(SwitchChanged(self._clock(), False, reason))
-        elif self._view is None:
+        elif self._view is None or self._is_view_stale:
             self._lost = (reason, self._lost[1])
 
     def _regain(self) -> None:
         if self._lost is not None:
             self._lost = None
+            # Over the network its connection may be dead without its knowing.
+            self._monitor.restart()
             self._on_event(SwitchChanged(self._clock(), True))
 
     async def _keep(self) -> None:

@@ -58,6 +58,9 @@ JSON_SHAPES = {
     "rules update": "UpdateJob",
     "rules show": "RulesStatus; with a filter RulePage",
     "doctor": "`level`, `findings` (each `name`, `level`, `found`, `mend`)",
+    "host prepare": "`title`, `script`, `applied`, `done` (commands and files), `domain` (XML), `seed`; holds "
+    "private keys",
+    "host restore": "as `host prepare`, without `domain` and `seed`",
     "lab up": "as `lab status`",
     "lab down": "`name`, `wasUp`",
     "lab status": "`name`, `standing`, `whole`, `phase`, `url`, `vms`, `lanes`, `processes`, `problems`",

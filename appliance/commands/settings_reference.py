@@ -35,10 +35,10 @@ name: rack-12
 stateDir: /var/lib/hairpin
 runDir: /run/hairpin
 switch:
-  ovsdb: unix:/run/openvswitch/db.sock
+  ovsdb: ssl:192.0.2.10:6640
   bridge: br-int
-  openflow: unix:/run/openvswitch/br-int.mgmt
-  vswitchd: /run/openvswitch/ovs-vswitchd.pid
+  openflow: ssl:192.0.2.10:6653
+  vswitchd: null
   tls:
     caFile: /etc/hairpin/switch/ca.pem
     certFile: /etc/hairpin/switch/appliance.pem

@@ -13,16 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from appliance.settings import (
-    Document,
-    InterfaceName,
-    Name,
-    PortNumber,
-    QueueNumber,
-    RulesSettings,
-    StoreSettings,
-    Vlan,
-)
+from appliance.settings import RulesSettings, StoreSettings
+from appliance.settings_values import Document, InterfaceName, Name, PortNumber, QueueNumber, Vlan
 from steering.model import Profile
 
 PEM_LIMIT = 64 * 1024

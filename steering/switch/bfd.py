@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from steering.errors import CommandFailed, SwitchError
 from steering.run import run_async
+from steering.tls import TlsFiles, find_options
 
 SECONDS = 5
 
@@ -29,14 +30,14 @@ def choose_other(interval: int) -> int:
     return interval + 1
 
 
-async def restart_sessions(ovsdb: str, legs: Sequence[str]) -> None:
+async def restart_sessions(ovsdb: str, legs: Sequence[str], tls: TlsFiles | None = None) -> None:
     """Make the legs' sessions anew, and have them exchange what brings them up. Raises SwitchError.
 
     Until they are up, the switch takes the legs for down as before, but for the moment in which they
     are off: then only the engine's queue decides, which drops what has no listener.
     """
     try:
-        found = await _run(ovsdb, "--if-exists", "get", "Interface", legs[0], "bfd:min_tx")
+        found = await _run(ovsdb, tls, "--if-exists", "get", "Interface", legs[0], "bfd:min_tx")
         interval = int(found.strip().strip('"') or 100)
         for setting in (
             "enable=false",
@@ -44,7 +45,7 @@ async def restart_sessions(ovsdb: str, legs: Sequence[str]) -> None:
             f"min_tx={choose_other(interval)}",
             f"min_tx={interval}",
         ):
-            await _run(ovsdb, *render_settings(legs, setting))
+            await _run(ovsdb, tls, *render_settings(legs, setting))
     except (CommandFailed, ValueError) as fault:
         raise SwitchError(
             f"BFD on {' and '.join(legs)} was not restarted: {fault}",
@@ -52,8 +53,7 @@ async def restart_sessions(ovsdb: str, legs: Sequence[str]) -> None:
         ) from fault
 
 
-async def _run(ovsdb: str, *argv: str) -> str:
-    done = await run_async(
-        ["ovs-vsctl", f"--db={ovsdb}", f"--timeout={SECONDS}", *argv], timeout=SECONDS + 1
-    )
+async def _run(ovsdb: str, tls: TlsFiles | None, *argv: str) -> str:
+    options = (f"--db={ovsdb}", *find_options(ovsdb, tls), f"--timeout={SECONDS}")
+    done = await run_async(["ovs-vsctl", *options, *argv], timeout=SECONDS + 1)
     return done.stdout

@@ -9,16 +9,18 @@ from steering.flows import FlowKey
 from steering.pipeline import COOKIE_PREFIX
 from steering.run import run
 from steering.switch.openflow import VERSION, parse_flow_counter
+from steering.tls import TlsFiles, find_options
 
 MOST = 10_000  # foreign flows that are looked at
 _COOKIE = re.compile(r"\bcookie=0x([0-9a-f]+),")
 _IN_PORT = re.compile(r"(?:^|,)in_port=(\d+)(?:,|$)")
 
 
-def read_foreign(target: str) -> list[tuple[FlowKey, str, str]]:
+def read_foreign(target: str, tls: TlsFiles | None = None) -> list[tuple[FlowKey, str, str]]:
     """(key, ``in_port`` or "", text) of each flow that is not ours. Blocks. Raises SwitchError."""
     try:
-        done = run(["ovs-ofctl", *VERSION, "dump-flows", "--no-stats", target], timeout=20)
+        options = (*VERSION, *find_options(target, tls))
+        done = run(["ovs-ofctl", *options, "dump-flows", "--no-stats", target], timeout=20)
     except CommandFailed as fault:
         raise SwitchError(f"the flows of {target} could not be read: {fault.reason}") from fault
     found: list[tuple[FlowKey, str, str]] = []

@@ -12,6 +12,7 @@ import structlog
 
 from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES, Table
 from steering.switch.openflow import LearnedAddress, parse_learned
+from steering.tls import TlsFiles, find_options
 
 log = structlog.get_logger("monitor")
 
@@ -31,8 +32,11 @@ class FlowMonitor:
         on_address: Callable[[LearnedAddress], Awaitable[None]],
         on_change: Callable[[], None],
         on_lost: Callable[[], None],
+        tls: TlsFiles | None = None,
     ) -> None:
         self._target = target
+        self._options = find_options(target, tls)
+        self._process: asyncio.subprocess.Process | None = None
         self._on_address = on_address
         self._on_change = on_change
         self._on_lost = on_lost
@@ -50,11 +54,21 @@ class FlowMonitor:
             self._on_lost()
             await asyncio.sleep(0.2)
 
+    def restart(self) -> None:
+        """Connect anew, where it is over the network.
+
+        ovs-ofctl never asks whether the other end of a connection is still there.
+        """
+        if self._options and self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def _watch(self) -> None:
         with tempfile.TemporaryDirectory(prefix="hairpin-monitor-") as directory:
             process = await asyncio.create_subprocess_exec(
                 "ovs-ofctl",
                 "--no-names",
+                *self._options,
                 f"--unixctl={Path(directory) / 'ctl'}",
                 "monitor",
                 self._target,
@@ -63,6 +77,7 @@ class FlowMonitor:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
             )
+            self._process = process
             try:
                 # ovs-ofctl writes what is there at first to standard output, and what happens to error.
                 assert process.stdout is not None  # noqa: S101 - asked for above

@@ -31,6 +31,8 @@ from steering.pipeline import (
 from steering.run import Finished, SpareCommand, run_async
 from steering.shortcut import Taken, find_shortcut_id, is_learned_shortcut
 from steering.shun import PRIORITY, ShunFlow, Shunned, find_shun_id, is_shun
+from steering.switch.secure import check_openflow
+from steering.tls import TlsFiles, find_options
 
 SECONDS = 20.0
 VERSION = ("-O", "OpenFlow15", "--no-names")
@@ -273,15 +275,17 @@ def is_ours(group_id: int) -> bool:
 
 
 class OpenFlowSwitch:
-    """One bridge's OpenFlow connection, e.g. ``unix:/run/openvswitch/br-int.mgmt``."""
+    """One bridge's OpenFlow connection, e.g. ``unix:/run/openvswitch/br-int.mgmt``; ``tls`` for an ssl one."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, tls: TlsFiles | None = None) -> None:
         self.target = target
+        self._tls = tls
+        self._options = (*VERSION, *find_options(target, tls))
         self._parser = FlowParser()
         self._take_parser = FlowParser()
         self._kind_parsers: dict[CookieKind, FlowParser] = {}
         # It connects once it has read its input, so one that waits knows nothing of the switch yet.
-        argv = ("ovs-ofctl", *VERSION, "bundle", target, "-")
+        argv = ("ovs-ofctl", *self._options, "bundle", target, "-")
         self._bundles = SpareCommand(argv, timeout=SECONDS)
 
     async def open(self) -> None:
@@ -292,12 +296,15 @@ class OpenFlowSwitch:
         await self._bundles.close()
 
     async def _ofctl(self, *argv: str) -> str:
-        return await self._ask(run_async(["ovs-ofctl", *VERSION, *argv], timeout=SECONDS))
+        return await self._ask(run_async(["ovs-ofctl", *self._options, *argv], timeout=SECONDS))
 
     async def _ask(self, asking: Awaitable[Finished]) -> str:
         try:
             return (await asking).stdout
         except CommandFailed as fault:
+            if self._tls is not None and self._options != VERSION:
+                # Raises what is wrong with the connection, where that is it: the command says little.
+                await asyncio.to_thread(check_openflow, self.target, self._tls)
             raise SwitchError(
                 f"the bridge at {self.target} did not take a command: {fault.reason}",
                 "check that ovs-vswitchd runs and that this user may open the connection",

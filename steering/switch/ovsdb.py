@@ -22,6 +22,8 @@ import structlog
 from steering.compile_canary import find_canary_macs
 from steering.errors import SwitchError
 from steering.model import Lane, Leg, Observed, Port
+from steering.switch.secure import check_ovsdb, register
+from steering.tls import TlsFiles
 
 log = structlog.get_logger("ovsdb")
 
@@ -270,7 +272,11 @@ def _find_flaps(interface: Any) -> int:
 
 
 class OvsdbMonitor:
-    """Follows OVSDB in a thread; ``on_view`` is called from that thread at each change of the view."""
+    """Follows OVSDB in a thread; ``on_view`` is called from that thread at each change of the view.
+
+    With None when the connection ended; ``lost`` then says why, ``ends`` when certificates end (epoch
+    seconds, by whose they are), as seen when it was last made.
+    """
 
     def __init__(
         self,
@@ -279,13 +285,17 @@ class OvsdbMonitor:
         lanes: Sequence[Lane],
         on_view: Callable[[SwitchView | None], None],
         canary: str | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._remote = remote
+        self._tls = tls
+        self.ends: dict[str, float] = {}
         self._bridge = bridge
         self._lanes = tuple(lanes)
         self._on_view = on_view
         self._canary = canary
         self.mirrored_packets: int | None = None
+        self.lost = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ovsdb", daemon=True)
 
@@ -299,16 +309,26 @@ class OvsdbMonitor:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
+                self._check_peer()
                 self._follow(read_schema(self._remote))
             except (OSError, SwitchError, ovs.db.error.Error) as fault:
                 log.warning("ovsdb lost", remote=self._remote, reason=str(fault))
+                self.lost = str(fault)
                 self._on_view(None)
                 self._stop.wait(0.3)
             except Exception:
                 # A thread that ended would leave its last view standing for the present one.
                 log.exception("ovsdb not followed", remote=self._remote)
+                self.lost = "a fault of Hairpin's own, see the log"
                 self._on_view(None)
                 self._stop.wait(1.0)
+
+    def _check_peer(self) -> None:
+        """By TLS: have it said plainly what is wrong, before the package says an errno. Raises SwitchError."""
+        register(self._remote, self._tls)
+        if self._tls is not None and self._remote.startswith("ssl:"):
+            seen = check_ovsdb(self._remote, self._tls)
+            self.ends = {"our own certificate": seen.ours, "the switch's certificate": seen.theirs}
 
     def _follow(self, schema: Any) -> None:
         """Until stopped or disconnected. A new IDL is cheap, and is free of a stale replica."""

@@ -56,7 +56,7 @@ def test_what_is_broken_is_found_and_its_mend_mends_it(bare_lab: LabState) -> No
 
 def test_a_switch_that_is_not_there_is_said_so() -> None:
     from appliance.doctor_probe import read_switch
-    from appliance.settings import SwitchSettings
+    from appliance.settings_switch import SwitchSettings
 
     seen = read_switch(SwitchSettings(ovsdb="unix:/run/no-such-switch/db.sock"))
     assert not seen.reachable

@@ -89,6 +89,11 @@ def open_dummy_switch(directory: Path, ofports: Sequence[int]) -> Iterator[Dummy
         switch.run("ovsdb-tool", "create", f"{directory}/conf.db", str(SCHEMA))
         switch.run(
             "ovsdb-server", f"{directory}/conf.db", f"--remote=punix:{directory}/db.sock",
+            # As the start script of OVS has it (ovs-ctl).
+            "--remote=db:Open_vSwitch,Open_vSwitch,manager_options",
+            "--private-key=db:Open_vSwitch,SSL,private_key",
+            "--certificate=db:Open_vSwitch,SSL,certificate",
+            "--bootstrap-ca-cert=db:Open_vSwitch,SSL,ca_cert",
             f"--pidfile={pids[0]}", *daemon,
         )  # fmt: skip
         switch.run("ovs-vsctl", f"--db=unix:{directory}/db.sock", "--no-wait", "init")

@@ -17,6 +17,7 @@ from appliance.commands.settings_reference import EXAMPLE, find_sections, render
 from appliance.settings import Settings, parse_settings, read_settings
 from steering.errors import WrongInput
 from steering.model import Profile
+from steering.tls import TlsFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Settings.model_json_schema(by_alias=True)
@@ -97,9 +98,8 @@ TAKEN = [
     "unix:/run/a.sock",
     "ssl:10.0.0.1:6640",
     "ssl:[fd00::1]:6640",
-    "ssl:hv-1.example.org:6640",
     "tcp:127.0.0.1:6640",
-    "tcp:127.8.8.8",
+    "tcp:127.8.8.8:6640",
     "tcp:[::1]:6640",
 ]
 REFUSED = [
@@ -110,7 +110,15 @@ REFUSED = [
     "tcp:[::1]x.example.org:6640",
     "tcp:[fd00::1]:6640",
     "ssl:",
+    "ssl:10.0.0.1",
+    "ssl:10.0.0.1:0",
+    "ssl:10.0.0.1:65536",
+    "ssl:fd00::1:6640",
+    "ssl:hv-1.example.org:6640",
+    "tcp:127.8.8.8",
+    "tcp:0.0.0.0:6640",
     "ptcp:6640",
+    "pssl:6640",
     "unix:relative",
     "http://127.0.0.1",
 ]
@@ -123,6 +131,30 @@ def test_connections_that_are_proven_or_stay_on_the_machine_are_taken(
 ) -> None:
     settings = parse_settings(change(f"switch.{key}", connection))
     assert getattr(settings.switch, key) == connection
+
+
+def test_tls_files_come_with_an_ssl_connection_and_only_with_one() -> None:
+    settings = parse_settings(EXAMPLE).switch
+    assert settings.tls_files == TlsFiles(
+        Path("/etc/hairpin/switch/ca.pem"),
+        Path("/etc/hairpin/switch/appliance.pem"),
+        Path("/etc/hairpin/switch/appliance.key"),
+        "hv-1.example.org",
+    )
+    document = yaml.safe_load(EXAMPLE)
+    for plain in ({"ovsdb": "unix:/a"}, {"openflow": "unix:/a"}):
+        document["switch"] = {**yaml.safe_load(EXAMPLE)["switch"], **plain}
+        assert parse_settings(yaml.safe_dump(document)).switch.tls_files is not None
+        document["switch"]["tls"] = None
+        assert "needs tls" in find_faults(yaml.safe_dump(document))["switch"]
+    document["switch"] = {"tls": yaml.safe_load(EXAMPLE)["switch"]["tls"]}
+    assert "begin with ssl:" in find_faults(yaml.safe_dump(document))["switch"]
+
+
+def test_plain_tcp_to_another_machine_is_refused_with_the_reason() -> None:
+    fault = find_faults(change("switch.ovsdb", "tcp:10.0.0.1:6640"))["switch.ovsdb"]
+    assert "loopback only" in fault
+    assert "ssl:" in fault
 
 
 @pytest.mark.parametrize("connection", [*REFUSED, "", "unix:/a b", "unix:/a\n"])

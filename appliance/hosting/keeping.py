@@ -1,0 +1,115 @@
+"""The folder in which an administrator keeps what was issued for a host: keys, and nothing that is not needed.
+
+It is made once and read ever after, so that the same spec gives the same plan. For its owner only.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.hosting.pki import Issued, Pki, find_fault, issue, renew
+from appliance.hosting.spec import HostSpec
+from steering.errors import HairpinError
+
+ENDS = ("ca", "host", "appliance")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """``secret`` makes the BFD addresses; ``pki`` None with `tls: existing`. ``issued``: just now."""
+
+    secret: bytes
+    pki: Pki | None
+    issued: bool
+
+
+def find_folder(spec: HostSpec, given: Path | None) -> Path:
+    """Where a host's keys are kept unless told otherwise: beside one's own files, by the host's name."""
+    return given if given is not None else Path(f"hairpin-{spec.name}")
+
+
+def keep(spec: HostSpec, folder: Path, now: float, *, renewed: bool = False) -> Kept:
+    """Read what is there, issue what is not. Raises HairpinError for what is of no use (any more)."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & 0o077:
+            raise HairpinError(
+                f"others may look into {folder}, where private keys are kept",
+                f"chmod 700 {folder}; issue new keys if somebody did",
+            )
+        secret = _keep_secret(folder / "secret")
+        if spec.tls == "existing":
+            return Kept(secret, None, False)
+        pki, issued = _keep_pki(spec, folder, now, renewed=renewed)
+        return Kept(secret, pki, issued)
+    except (OSError, UnicodeDecodeError) as fault:
+        raise HairpinError(
+            f"{folder}: {fault}", "mend it, or name another folder by --keys"
+        ) from fault
+
+
+def _keep_secret(path: Path) -> bytes:
+    if not path.exists():
+        _write(path, secrets.token_hex(32) + "\n")
+    try:
+        secret = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        secret = b""
+    if len(secret) != 32:
+        raise HairpinError(
+            f"{path} does not hold 32 bytes in hexadecimal",
+            "restore the host, begin in a new folder",
+        )
+    return secret
+
+
+def _keep_pki(spec: HostSpec, folder: Path, now: float, *, renewed: bool) -> tuple[Pki, bool]:
+    files = {end: (folder / f"{end}.pem", folder / f"{end}.key") for end in ENDS}
+    there = [path for pair in files.values() for path in pair if path.exists()]
+    if not there:
+        pki = issue(spec.name, spec.names, spec.address, now)
+        # The CA last: with it a half-written folder is known for one, without it all is issued anew.
+        _write_pki(files, pki)
+        return pki, True
+    if len(there) != 2 * len(ENDS):
+        missing = [str(path) for pair in files.values() for path in pair if not path.exists()]
+        raise HairpinError(
+            f"{', '.join(missing)} is missing beside the others",
+            f"put it back, or remove *.pem and *.key in {folder} to issue all anew",
+        )
+    have = Pki(*(Issued(one.read_text(), key.read_text()) for one, key in files.values()))
+    if renewed:
+        pki = renew(have.ca, spec.name, spec.names, spec.address, now)
+        _write_pki(files, pki)
+        return pki, True
+    try:
+        fault = find_fault(have, [spec.name, *spec.names], spec.address, now)
+    except (ValueError, TypeError) as wrong:
+        fault = f"a file can't be read: {wrong}"
+    if fault:
+        raise HairpinError(
+            f"the certificates in {folder} are of no use: {fault}",
+            "issue new ones by the same CA with --renew, on the host and in the appliance",
+        )
+    return have, False
+
+
+def _write_pki(files: dict[str, tuple[Path, Path]], pki: Pki) -> None:
+    for end in reversed(ENDS):
+        issued: Issued = getattr(pki, end)
+        certificate, key = files[end]
+        _write(key, issued.key)
+        _write(certificate, issued.certificate)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

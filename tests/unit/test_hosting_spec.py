@@ -1,0 +1,142 @@
+"""`host.yaml`: what is wrong is told with its path; ports are the same each time, BFD addresses a secret."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import yaml
+
+from appliance.hosting.pki import issue
+from appliance.hosting.spec import (
+    HostSpec,
+    build_digest,
+    build_ports,
+    parse_spec,
+    render_connection,
+    render_listener,
+)
+from appliance.hosting.vm import build_seed, render_domain, render_seed
+from steering.errors import WrongInput
+from tests.support.host_specs import SPEC
+
+SECRET = bytes(32)
+
+
+def change(**changes: object) -> str:
+    return yaml.safe_dump({**yaml.safe_load(SPEC), **changes})
+
+
+def find_faults(text: str) -> dict[str, str]:
+    with pytest.raises(WrongInput) as told:
+        parse_spec(text)
+    return {fault.path: fault.reason for fault in told.value.faults}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "reason"),
+    [
+        ({"name": "a b"}, "name", "is not of the form"),
+        ({"name": "$(reboot)"}, "name", "is not of the form"),
+        ({"address": "hv-1"}, "address", "does not appear to be"),
+        ({"address": "0.0.0.0"}, "address", "one address of the host"),
+        ({"bridge": "br int"}, "bridge", "is not of the form"),
+        ({"bridge": "a" * 16}, "bridge", "is not of the form"),
+        ({"directory": "/etc/../root"}, "directory", "is not of the form"),
+        ({"directory": "/etc/a;reboot"}, "directory", "is not of the form"),
+        ({"vmDirectory": "relative"}, "vmDirectory", "is not of the form"),
+        ({"ovsdbPort": 6653}, "(file)", "are the same"),
+        ({"lanes": []}, "lanes", "at least 1"),
+        ({"lanes": [{"profile": "prevent", "vlan": 4095}]}, "lanes[0].vlan", "4094"),
+        ({"lanes": [{"profile": "prevent", "vlan": 1}, {"profile": "prevent", "vlan": 2}]}, "(file)",
+         "the same profile"),
+        ({"lanes": [{"profile": "prevent", "vlan": 1}, {"profile": "detect", "vlan": 1}]}, "(file)",
+         "the same vlan"),
+        ({"firstOfport": 100}, "firstOfport", "32768"),
+        ({"tls": "none"}, "tls", "issue"),
+        ({"colour": "red"}, "colour", "unknown key"),
+        ({"vm": {}}, "vm.management", "must be given"),
+        ({"vm": {"management": {}}}, "vm.management", "give bridge"),
+        ({"vm": {"management": {"bridge": "br-int"}}}, "(file)", "the bridge that is steered"),
+        ({"vm": {"management": {"bridge": "b", "gateway": "192.0.2.1"}}}, "vm.management", "DHCP"),
+        ({"vm": {"management": {"bridge": "b", "address": "192.0.2.1"}}}, "vm.management.address",
+         "ADDRESS/PREFIX"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_its_path(
+    changes: dict[str, object], path: str, reason: str
+) -> None:
+    faults = find_faults(change(**changes))
+    assert path in faults
+    assert reason in faults[path]
+
+
+def test_a_file_with_two_documents_or_none_is_refused() -> None:
+    assert "2 documents" in find_faults(f"{SPEC}---\n{SPEC}")["(file)"]
+    assert "0 documents" in find_faults("")["(file)"]
+
+
+def test_ports_are_the_same_each_time_and_their_numbers_no_vm_s() -> None:
+    spec = parse_spec(SPEC)
+    ports = build_ports(spec, SECRET)
+    assert ports == build_ports(parse_spec(SPEC), SECRET)
+    assert [port.interface for port in ports] == [
+        "hp-prev-a", "hp-prev-b", "hp-prev-c", "hp-det-a", "hp-det-b", "hp-canary"
+    ]  # fmt: skip
+    assert len({port.ofport for port in ports}) == len(ports)
+    assert all(32768 <= port.ofport <= 65279 for port in ports)
+    assert len({port.mac for port in ports}) == len(ports)
+    assert all(port.mac.startswith("02:") for port in ports)
+
+
+def test_the_bfd_address_is_a_lane_s_own_and_can_t_be_made_from_the_spec() -> None:
+    ports, others = (build_ports(parse_spec(SPEC), secret) for secret in (SECRET, b"x" * 32))
+    by_lane = {port.profile: port.bfd_mac for port in ports if port.bfd_mac}
+    assert len(set(by_lane.values())) == 2
+    assert [p.leg for p in ports if p.bfd_mac] == ["a", "b", "a", "b"]
+    assert not {p.bfd_mac for p in ports if p.bfd_mac} & {p.bfd_mac for p in others if p.bfd_mac}
+    assert [p.mac for p in ports] == [p.mac for p in others]
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    spec = parse_spec(change(address="FD00::0010"))
+    assert render_listener(spec, 6640) == "pssl:6640:[fd00::10]"
+    assert render_connection(spec, 6640) == "ssl:[fd00::10]:6640"
+
+
+def test_the_digest_is_of_what_the_switch_is_told() -> None:
+    digest = build_digest(parse_spec(SPEC))
+    assert digest == build_digest(parse_spec(SPEC))
+    assert digest != build_digest(parse_spec(change(bfdMilliseconds=100)))
+    vm = {**yaml.safe_load(SPEC)["vm"], "memoryMiB": 8192}
+    assert digest == build_digest(parse_spec(change(vm=vm)))
+
+
+def test_the_vm_has_the_taps_that_the_switch_expects() -> None:
+    spec = parse_spec(SPEC)
+    ports = build_ports(spec, SECRET)
+    domain = ElementTree.fromstring(render_domain(spec, ports))  # noqa: S314 - our own
+    taps = domain.findall("devices/interface[@type='ethernet']")
+    shown = [
+        (tap.find("target").get("dev"), tap.find("mac").get("address"), tap.find("mtu").get("size"))  # type: ignore[union-attr]
+        for tap in taps
+    ]
+    assert shown == [(port.interface, port.mac, "1504") for port in ports]
+    assert domain.find("devices/interface[@type='bridge']/source").attrib == {"bridge": "br-mgmt"}  # type: ignore[union-attr]
+    seed = yaml.safe_load(render_seed(spec, ports, None))["hairpin"]
+    assert seed["lanes"][0]["legC"] == {"interface": "hp-prev-c", "mac": ports[2].mac}
+    assert "legC" not in seed["lanes"][1]
+    assert seed["canary"]["interface"] == "hp-canary"
+
+
+def test_no_secret_is_in_what_others_may_read() -> None:
+    spec: HostSpec = parse_spec(SPEC)
+    ports = build_ports(spec, SECRET)
+    pki = issue(spec.name, spec.names, spec.address, 1_800_000_000.0)
+    seed = build_seed(spec, ports, pki)["hairpin"]["switch"]
+    assert seed["key"] == pki.appliance.key
+    for secret in (pki.ca.key, pki.host.key):
+        assert secret not in str(seed)
+    domain = render_domain(spec, ports)
+    assert "PRIVATE" not in domain
+    assert not any(port.bfd_mac and port.bfd_mac in domain for port in ports)
