@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from appliance.assurance.connections import TakenConnection, find_named, pair_taken
 from steering.decide import resolve_machines
 from steering.errors import HairpinError
+from steering.flows import build_match_id
 from steering.model import (
     Family,
     Inspect,
@@ -33,7 +34,6 @@ from steering.shortcut import (
     Taken,
     build_return,
     find_held,
-    find_shortcut_id,
 )
 from steering.switch.openflow import parse_flow_counter, parse_taken
 from tests.support.worlds import build_port, build_record
@@ -76,7 +76,7 @@ def build_flow(
         f"{names[0]}={base}{vm},{names[1]}={base}{peer},tp_src={sport},tp_dst={dport}"
     )
     number = build_policy_number(policy)
-    return Taken(find_shortcut_id(match), match, number, age, idle, packets, packets * 100)
+    return Taken(build_match_id(match), match, number, age, idle, packets, packets * 100)
 
 
 def build_both(
