@@ -15,13 +15,8 @@ from steering.errors import HairpinError
 from steering.flows import build_match_id
 from steering.model import (
     Family,
-    Inspect,
-    OnFailure,
-    Peer,
-    Policy,
     PolicySet,
     PortRange,
-    Profile,
     Protocol,
     Service,
     Shortcut,
@@ -36,24 +31,21 @@ from steering.shortcut import (
     find_held,
 )
 from steering.switch.openflow import parse_flow_counter, parse_taken
-from tests.support.worlds import build_port, build_record
+from tests.support.worlds import build_cut_policy, build_port, build_record
 
-CUT = Inspect(
-    Profile.PREVENT, OnFailure.OPEN, shortcut=Shortcut(Trigger.ONE_MEGABYTE, max_flows=50)
-)
+CUT = Shortcut(Trigger.ONE_MEGABYTE, max_flows=50)
 PORTS = tuple(build_port(number) for number in (1, 2, 3))
-
-
-def build_policy(name: str, source: int, destination: int, *services: Service) -> Policy:
-    peers = [(Peer(vm=f"vm-{number}"),) for number in (source, destination)]
-    return Policy(name, 100, *peers, services or (Service(),), tuple(Family), CUT)
 
 
 WEB = Service(Protocol.TCP, (PortRange(80, 80),))
 POLICIES = PolicySet(
     tuple(build_record(n) for n in (1, 2, 3)),
     (),
-    (build_policy("backup", 1, 2), build_policy("web", 2, 3, WEB), build_policy("back", 3, 2)),
+    (
+        build_cut_policy("backup", CUT),
+        build_cut_policy("web", CUT, WEB, source=2, destination=3),
+        build_cut_policy("back", CUT, source=3, destination=2),
+    ),
 )
 MACHINES = resolve_machines(POLICIES, PORTS)
 
