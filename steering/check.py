@@ -21,7 +21,7 @@ from steering.pipeline import (
     build_group_id,
     build_steer_key,
 )
-from steering.reach import FlowIndex, find_reached_in
+from steering.reach import FlowIndex, Reached, find_reached_in
 
 _RESUBMIT = re.compile(r"resubmit\(,(\d+)\)")
 _OUTPUT = re.compile(r"output:(\d+)")
@@ -46,6 +46,7 @@ class Checker:
         self._keys: set[FlowKey] = set()
         self._canary = 0
         self._index = FlowIndex({})
+        self._reached: Reached | None = None
 
     def check(self, program: Program, lanes: Sequence[Lane], canary: int = 0) -> tuple[str, ...]:
         """As `check_program`."""
@@ -58,17 +59,27 @@ class Checker:
             *_check_legs(self._keys, legs),
             *_check_lanes(program, lanes),
             *_check_groups(program),
-            *(_check_canary(self._index, lanes, canary) if canary > 0 else ()),
+            *(_check_canary(self._find_reached(), lanes, canary) if canary > 0 else ()),
         )
         if faults:
             self._forget()  # what was passed as sound is all that may be left out the next time
         return faults
 
     def _forget(self) -> None:
-        self._pieces, self._keys = frozenset(), set()
+        self._pieces, self._keys, self._reached = frozenset(), set(), None
         # Registers begin as 0; what the others carry is set on the way, if at all.
         begins = {Register.SHORTCUT.value: "0", Register.LET_GO.value: "0"}
         self._index = FlowIndex({"in_port": str(self._canary), **begins})
+
+    def _find_reached(self) -> Reached:
+        if self._reached is None:
+            self._reached = find_reached_in(self._index)
+        return self._reached
+
+    def _note(self, flow: Flow) -> None:
+        """A flow came or went: where the canary gets to is found anew if that may change it."""
+        if self._reached is not None and self._reached.depends_on(flow):
+            self._reached = None
 
     def _follow(self, program: Program) -> Iterator[str]:
         pieces = frozenset(program.pieces)
@@ -78,6 +89,7 @@ class Checker:
             for flow in piece.flows:
                 self._keys.discard(flow.key)
                 self._index.remove(flow)
+                self._note(flow)
         for piece in pieces - self._pieces:
             for flow in piece.flows:
                 if flow.key in self._keys:
@@ -85,6 +97,7 @@ class Checker:
                     continue
                 self._keys.add(flow.key)
                 self._index.add(flow)
+                self._note(flow)
                 yield from _check_flow(flow, self._legs)
         self._pieces = pieces
 
@@ -211,9 +224,8 @@ def _check_lanes(program: Program, lanes: Sequence[Lane]) -> Iterator[str]:
                     yield f"group {group} does not fail {on_failure}"
 
 
-def _check_canary(index: FlowIndex, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
+def _check_canary(reached: Reached, lanes: Sequence[Lane], canary: int) -> Iterator[str]:
     """What the canary's port sends goes into a lane by its closed groups, or nowhere."""
-    reached = find_reached_in(index)
     for table in (Table.DIRECT, Table.RETURN, Table.DELIVER):
         if table in reached.tables:
             yield f"the canary's port {canary} reaches {table.name}"

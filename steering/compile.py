@@ -16,9 +16,9 @@ from steering.compile_shortcut import (
     add_shortcuts,
     build_offer,
     find_shortcuts,
-    has_third_leg,
     withhold_shortcut,
 )
+from steering.compile_steer import add_steer, build_groups
 from steering.decide import find_lane, resolve_machines
 from steering.flows import (
     IP_KEYWORDS,
@@ -35,6 +35,7 @@ from steering.flows import (
     render_number,
     set_register,
 )
+from steering.last import Last
 from steering.membership import Membership, build_membership
 from steering.model import (
     Action,
@@ -44,8 +45,8 @@ from steering.model import (
     Inspect,
     Lane,
     Machine,
+    MachineRecord,
     Observed,
-    OnFailure,
     Peer,
     Policy,
     PolicySet,
@@ -53,17 +54,16 @@ from steering.model import (
     Profile,
     Protocol,
     Service,
+    Zone,
 )
 from steering.pipeline import (
     CT_ZONE,
-    DELIVER_GROUP,
     CookieKind,
     Direction,
     Register,
     Table,
     build_conjunction_id,
     build_cookie,
-    build_group_id,
     build_policy_number,
     build_policy_priority,
     build_steer_key,
@@ -126,41 +126,36 @@ def compile_program(
     names nothing passes, nor of those of present ports that can't be told apart by their MACs.
     ``untaught`` are policies whose connections learn no shortcut for now (see `Hold`).
     """
-    book = FlowBook()
-    pieces: list[Piece] = []
     reserved = find_canary_macs(lanes) if canary > 0 else frozenset()
-    every = tuple(port for machine in machines for port in machine.ports)
-    ports = find_usable_ports(every, reserved)
-    membership = build_membership(policies.zones, machines)
+    every, ports, owners = _list_ports(tuple(machines), reserved)
+    membership = _build_membership(policies.zones, tuple(machines))
     in_scope = find_vms_in_scope(policies, membership)
-    owners = {port.ofport: machine.vm_id for machine in machines for port in machine.ports}
     scoped = tuple(port for port in ports if owners[port.ofport] in in_scope)
     classes = build_classes(policies.policies, membership, (owners[p.ofport] for p in scoped))
-    declared = {one.vm_id: one.addresses for one in policies.machines if one.addresses}
-    _add_base(book)
-    _add_legs(book, lanes)
+    declared = _find_declared(policies.machines)
     shortcuts = find_shortcuts(policies.policies, lanes, membership)
-    for port in ports:
-        vm_id = owners[port.ofport]
-        own = tuple(declared.get(vm_id, ()))
-        strict = vm_id in in_scope
-        number = classes.by_vm.get(vm_id, NO_CLASS) if strict else NO_CLASS
-        pieces.append(_compile_port(port, own, strict, number, bool(shortcuts)))
-    add_shortcuts(book, shortcuts, lanes, untaught)
-    if scoped or canary > 0:
-        _add_connection(book)
-    if scoped:
-        add_many(book)
-    if canary > 0:
-        add_canary(book, canary, lanes)
+    base, groups = _compile_base(
+        tuple(lanes),
+        canary,
+        bool(scoped),
+        tuple(shortcuts),
+        untaught,
+        tuple(machines) if policies.quarantined else (),
+        policies.quarantined,
+    )
+    pieces = [
+        base,
+        *_compile_ports(ports, owners, declared, in_scope, classes.by_vm, bool(shortcuts)),
+    ]
     steerable = reserved | {port.mac for port in ports}
     lost = [port for port in (*ghosts, *every) if port.mac not in steerable]
     shut = _find_macs_in_scope(policies, lost) if lost else frozenset()
     pieces += [_compile_ghost(mac) for mac in sorted(shut)]
     away = [replace(port, ofport=0) for port in ghosts if port.mac in shut]
-    holders = [port for port in (*away, *ports) if port.vm_id in declared]
-    for address, holder in {a: port for port in holders for a in declared[port.vm_id]}.items():
-        pieces.append(_compile_holder(address, holder))
+    if declared:
+        holders = [port for port in (*away, *ports) if port.vm_id in declared]
+        for address, holder in {a: port for port in holders for a in declared[port.vm_id]}.items():
+            pieces.append(_compile_holder(address, holder))
     ofports: dict[str, list[int]] = {}
     for port in scoped:
         ofports.setdefault(owners[port.ofport], []).append(port.ofport)
@@ -175,18 +170,79 @@ def compile_program(
             rank = build_policy_priority(policy)
             ranks.setdefault(rank, []).append((policy, openers, answerers))
     pieces += [_compile_rank(tuple(of_rank), tuple(lanes)) for of_rank in ranks.values()]
-    add_quarantine(book, machines, policies.quarantined)
-    groups = tuple(_build_groups(lanes)) if lanes else ()
-    _add_steer(book, lanes)
-    return Program(groups=groups, pieces=(_keep_piece(tuple(book.flows())), *pieces))
+    return Program(groups=groups, pieces=tuple(pieces))
 
 
 # What was compiled before is remembered: of all ports and policies hardly any is another one than it was.
 
 
+@Last
+def _list_ports(
+    machines: tuple[Machine, ...], reserved: frozenset[str]
+) -> tuple[tuple[Port, ...], tuple[Port, ...], Mapping[int, str]]:
+    """All ports, those that can be steered, and whose each is, by ofport."""
+    every = tuple(port for machine in machines for port in machine.ports)
+    owners = {port.ofport: machine.vm_id for machine in machines for port in machine.ports}
+    return every, find_usable_ports(every, reserved), owners
+
+
+@Last
+def _build_membership(zones: tuple[Zone, ...], machines: tuple[Machine, ...]) -> Membership:
+    return build_membership(zones, machines)
+
+
+@Last
+def _find_declared(records: tuple[MachineRecord, ...]) -> Mapping[str, tuple[str, ...]]:
+    return {one.vm_id: tuple(one.addresses) for one in records if one.addresses}
+
+
+@Last
+def _compile_base(
+    lanes: tuple[Lane, ...],
+    canary: int,
+    any_scoped: bool,
+    shortcuts: tuple[Policy, ...],
+    untaught: frozenset[str],
+    machines: tuple[Machine, ...],
+    quarantined: frozenset[str],
+) -> tuple[Piece, tuple[Group, ...]]:
+    """What belongs to no port and to no one policy."""
+    book = FlowBook()
+    _add_base(book)
+    _add_legs(book, lanes)
+    add_shortcuts(book, shortcuts, lanes, untaught)
+    if any_scoped or canary > 0:
+        _add_connection(book)
+    if any_scoped:
+        add_many(book)
+    if canary > 0:
+        add_canary(book, canary, lanes)
+    add_quarantine(book, machines, quarantined)
+    add_steer(book, lanes)
+    return _keep_piece(tuple(book.flows())), tuple(build_groups(lanes)) if lanes else ()
+
+
 @lru_cache(maxsize=64)
 def _keep_piece(flows: tuple[Flow, ...]) -> Piece:
     return Piece(flows)
+
+
+@Last
+def _compile_ports(
+    ports: tuple[Port, ...],
+    owners: Mapping[int, str],
+    declared: Mapping[str, tuple[str, ...]],
+    in_scope: frozenset[str],
+    classes: Mapping[str, int],
+    shortcuts: bool,
+) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    for port in ports:
+        vm_id = owners[port.ofport]
+        strict = vm_id in in_scope
+        number = classes.get(vm_id, NO_CLASS) if strict else NO_CLASS
+        pieces.append(_compile_port(port, declared.get(vm_id, ()), strict, number, shortcuts))
+    return tuple(pieces)
 
 
 @lru_cache(maxsize=32_768)
@@ -521,40 +577,3 @@ def _is_every(service: Service) -> bool:
 def _is_told(service: Service, family: Family) -> bool:
     """Can any fragment be told to be of the service, or not to be?"""
     return _is_every(service) and (family is Family.IPV4 or service.protocol is Protocol.ANY)
-
-
-def _add_steer(book: FlowBook, lanes: Sequence[Lane]) -> None:
-    book.add(Table.STEER, 100, build_match(reg2="0"), go_to(Table.DIRECT), BASE)
-    for lane in lanes:
-        cookie = build_cookie(CookieKind.LANE, lane.number)
-        for on_failure in OnFailure:
-            for answer in (False, True):
-                key = build_steer_key(lane, on_failure, answer=answer)
-                match = build_match(reg2=render_number(key))
-                book.add(Table.STEER, 100, match, f"group:{build_group_id(key)}", cookie)
-
-
-def _build_groups(lanes: Sequence[Lane]) -> Iterator[Group]:
-    """Fast failover in the switch itself: first bucket while BFD through the engine is up, then, if
-
-    open, delivery without inspection, if closed, nothing. It needs no controller
-    (ovs-vswitchd.conf.db(5), BFD).
-    """
-    yield Group(DELIVER_GROUP, "all", (f"actions={go_to(Table.DELIVER)}",))
-    for lane in lanes:
-        for on_failure in OnFailure:
-            for answer in (False, True):
-                leg = lane.leg_b if answer else lane.leg_a
-                buckets: list[str] = []
-                if leg.ofport > 0:
-                    code = f"move:NXM_NX_{TRIGGER.upper()}[0..2]->OXM_OF_VLAN_PCP[],"
-                    buckets.append(
-                        f"watch_port:{leg.ofport},actions=push_vlan:0x8100,"
-                        f"set_field:{0x1000 | lane.vlan}->vlan_vid,"
-                        f"{code if has_third_leg(lane) else ''}output:{leg.ofport}"
-                    )
-                # Closed drops without a bucket, too, but only a bucket counts what is dropped.
-                otherwise = go_to(Table.DELIVER) if on_failure is OnFailure.OPEN else "drop"
-                buckets.append(f"watch_group:{DELIVER_GROUP},actions={otherwise}")
-                key = build_steer_key(lane, on_failure, answer=answer)
-                yield Group(build_group_id(key), "ff", tuple(buckets))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from steering.documents import MAX_FAULTS
 from steering.errors import FieldError
+from steering.last import Last
 from steering.membership import build_membership, build_zone_index, find_zones, is_in_zone
 from steering.model import (
     Action,
@@ -18,12 +19,14 @@ from steering.model import (
     Inspect,
     Lane,
     Machine,
+    MachineRecord,
     Peer,
     Policy,
     PolicySet,
     Port,
     Profile,
     Protocol,
+    Zone,
 )
 from steering.services import covers
 
@@ -80,8 +83,15 @@ def resolve_machines(policies: PolicySet, ports: Sequence[Port]) -> tuple[Machin
 
     Ports without a vm-id belong to no VM and are left out.
     """
-    records = {record.vm_id: record for record in policies.machines}
-    index = build_zone_index(policies.zones)
+    return _resolve(policies.machines, policies.zones, tuple(ports))
+
+
+@Last
+def _resolve(
+    declared: tuple[MachineRecord, ...], zones: tuple[Zone, ...], ports: tuple[Port, ...]
+) -> tuple[Machine, ...]:
+    records = {record.vm_id: record for record in declared}
+    index = build_zone_index(zones)
     by_vm: dict[str, list[Port]] = {}
     for port in ports:
         if port.vm_id:
@@ -255,22 +265,24 @@ def _check_policies(
 
 def _check_addresses(policies: PolicySet, ports: Sequence[Port]) -> Iterator[FieldError]:
     """VMs that policies name must be told from each other by MAC, whatever their VLAN."""
-    places = _find_places(policies)
     by_mac: dict[tuple[str, str], list[Port]] = {}
     for port in ports:
         if port.mac:
             by_mac.setdefault((port.bridge, port.mac.lower()), []).append(port)
-        elif port.vm_id in places:
+    shared = [(key, by_mac[key]) for key in sorted(by_mac) if len(by_mac[key]) > 1]
+    without = [port for port in ports if not port.mac]
+    if not shared and not without:
+        return  # whom the policies name takes longer to find out
+    places = _find_places(policies)
+    for port in without:
+        if port.vm_id in places:
             reason = (
                 f"port {port.interface} of {port.vm_id} has no attached-mac: it can't be steered"
             )
             yield FieldError(places[port.vm_id], reason)
-    for (bridge, mac), sharing in sorted(by_mac.items()):
-        named = sorted({port.vm_id for port in sharing} & places.keys())
-        if len(sharing) < 2 or not named:
-            continue
+    for (bridge, mac), sharing in shared:
         who = ", ".join(f"{port.interface} of {port.vm_id or 'no VM'}" for port in sharing[:4])
-        for vm_id in named:
+        for vm_id in sorted({port.vm_id for port in sharing} & places.keys()):
             yield FieldError(
                 places[vm_id], f"{len(sharing)} ports of {bridge} have the MAC {mac}: {who}"
             )

@@ -62,7 +62,7 @@ def parse_text(text: str) -> list[object]:
     text = text.removeprefix("\ufeff")
     if text.lstrip()[:1] == "{":
         try:
-            return [json.loads(text, object_pairs_hook=_build_mapping)]
+            return [json.loads(text, object_pairs_hook=build_mapping)]
         except RecursionError as fault:
             raise _refuse_depth("(text)") from fault
         except ValueError:
@@ -76,7 +76,8 @@ def parse_text(text: str) -> list[object]:
         raise WrongInput([FieldError(place, f"not YAML: {problem}")]) from fault
 
 
-def _build_mapping(pairs: Iterable[tuple[str, object]]) -> Decoded:
+def build_mapping(pairs: Iterable[tuple[str, object]]) -> Decoded:
+    """For `json.loads` (``object_pairs_hook``)."""
     mapping, duplicates = Decoded(), []
     for key, value in pairs:
         if key in mapping:
@@ -135,7 +136,7 @@ def _pair(parts: Sequence[object], place: str) -> Decoded:
         if not isinstance(key, str):
             raise WrongInput([FieldError(place, "a key of this mapping is not text")])
         pairs.append((key, value))
-    return _build_mapping(pairs)
+    return build_mapping(pairs)
 
 
 def _build_scalar(event: yaml.ScalarEvent, place: str) -> object:

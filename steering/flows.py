@@ -6,6 +6,7 @@ A `Match` prints its fields in OVS's own order, so that a compiled flow equals t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -92,6 +93,11 @@ def build_match(protocol: str = "", **fields: str | int) -> str:
     if protocol:
         parts.append((_RANK["(protocol)"], protocol))
     return ",".join(text for _, text in sorted(parts))
+
+
+def build_match_id(match: str) -> str:
+    """Eight hexadecimal digits that name a flow which the switch was taught, as long as it is there."""
+    return hashlib.blake2s(match.encode(), digest_size=4).hexdigest()
 
 
 class FlowKey(NamedTuple):

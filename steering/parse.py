@@ -89,22 +89,22 @@ def _parse_items(items: Sequence[object], faults: Faults) -> PolicySet:
     unread: list[tuple[ItemReader, str | None, Mapping[str, object]]] = []
     for number, item in enumerate(items):
         reader = ItemReader(faults, number)
-        head = _read_head(reader, item)
+        head = read_head(reader, item)
         if head is None:
             continue
         kind, name, document = head
         if kind == "VirtualMachine":
             _declare(reader, names.machines, kind, name)
-            record = _read_machine(reader, name, document, names)
+            record = read_machine(reader, name, document, names)
             machines += [record] if record else []
         elif kind == "Zone":
             _declare(reader, names.zones, kind, name)
-            zone = _read_zone(reader, name, document)
+            zone = read_zone(reader, name, document)
             zones += [zone] if zone else []
         else:
             _declare(reader, names.policies, kind, name)
             unread.append((reader, name, document))
-    _check_names_are_no_vm_ids(faults, machines, names)
+    check_names(faults, machines, names)
     for reader, name, document in unread:
         policy = read_policy(reader, name, document, names)
         policies += [(reader.number, policy)] if policy else []
@@ -117,12 +117,12 @@ def _parse_items(items: Sequence[object], faults: Faults) -> PolicySet:
             faults.add(0, "items", f"{count} documents of kind {kind}; at most {limit} are taken")
             faults.raise_any()  # what follows compares them with each other
     found = PolicySet(tuple(machines), tuple(zones), tuple(policy for _, policy in policies))
-    _check_contradictions(faults, found, [number for number, _ in policies])
+    check_contradictions(faults, found, [number for number, _ in policies])
     faults.raise_any()
     return found
 
 
-def _read_head(
+def read_head(
     reader: ItemReader, item: object
 ) -> tuple[str, str | None, Mapping[str, object]] | None:
     """Kind, name and the whole of a document, whatever its faults; None where the kind is not known."""
@@ -167,9 +167,10 @@ def _declare(reader: ItemReader, declared: dict[str, int], kind: str, name: str 
         reader.fault(path, f"items[{first}] is a {kind} of this name too")
 
 
-def _read_machine(
+def read_machine(
     reader: ItemReader, name: str | None, item: Mapping[str, object], names: Names
 ) -> MachineRecord | None:
+    """The record of a document; None after naming what is wrong with it."""
     path = f"{reader.path}.spec"
     found = reader.spec(item, ("vmId",), ("tags", "addresses"))
     if found is None:
@@ -234,7 +235,8 @@ def _read_tags(reader: ItemReader, value: object, path: str) -> dict[str, str] |
     return tags if len(tags) == len(found) else None
 
 
-def _read_zone(reader: ItemReader, name: str | None, item: Mapping[str, object]) -> Zone | None:
+def read_zone(reader: ItemReader, name: str | None, item: Mapping[str, object]) -> Zone | None:
+    """As `read_machine`, of a zone."""
     found = reader.spec(item, ("selector",))
     if found is None or "selector" not in found:
         return None
@@ -251,9 +253,8 @@ def _read_zone(reader: ItemReader, name: str | None, item: Mapping[str, object])
     return Zone(name, tags) if name is not None else None
 
 
-def _check_names_are_no_vm_ids(
-    faults: Faults, machines: Sequence[MachineRecord], names: Names
-) -> None:
+def check_names(faults: Faults, machines: Sequence[MachineRecord], names: Names) -> None:
+    """No VM's name is another one's vm-id."""
     for record in machines:
         other = names.vm_ids.get(record.name)
         if other is not None and record.vm_id != record.name:
@@ -262,7 +263,8 @@ def _check_names_are_no_vm_ids(
             faults.add(number, f"items[{number}].metadata.name", reason)
 
 
-def _check_contradictions(faults: Faults, found: PolicySet, numbers: Sequence[int]) -> None:
+def check_contradictions(faults: Faults, found: PolicySet, numbers: Sequence[int]) -> None:
+    """No two policies contradict each other; ``numbers``: the places of their documents."""
     for clash in find_contradictions(found):
         first, second = found.policies[clash.first], found.policies[clash.second]
         faults.add(

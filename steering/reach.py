@@ -24,12 +24,22 @@ _LASTING = ("in_port", "dl_src", "dl_dst", "family", "protocol")
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Tables and groups (by id) that such frames may meet."""
+    """Tables and groups (by id) that such frames may meet.
+
+    ``lowest``: by table, the lowest priority whose flows were looked at; other flows have no say in it.
+    """
 
     tables: frozenset[Table]
     groups: frozenset[int]
+    lowest: Mapping[int, int] = field(default_factory=dict)
+
+    def depends_on(self, flow: Flow) -> bool:
+        """Whether it may be another one with this flow, or without it."""
+        table = flow.key.table
+        return table in self.lowest and flow.priority >= self.lowest[table]
 
 
+ALL = 0x1_0000  # above every priority
 # One of these, matched whole, rules out nearly every flow of a port.
 _TELLING = ("in_port", "reg6", "dl_dst", "dl_src")
 
@@ -105,9 +115,15 @@ class FlowIndex:
         if not level:
             del self._tables[flow.key.table][flow.priority]
 
-    def find_possible(self, table: int, frame: Fields) -> Iterator[tuple[str, Fields]]:
-        """Actions of each flow that such a frame may meet, and what is known of it then."""
+    def find_possible(
+        self, table: int, frame: Fields, lowest: dict[int, int]
+    ) -> Iterator[tuple[str, Fields]]:
+        """Actions of each flow that such a frame may meet, and what is known of it then.
+
+        To ``lowest`` is added how far down it was looked (see `Reached`).
+        """
         levels = self._tables.get(table, {})
+        before, lowest[table] = lowest.get(table, ALL), 0
         for priority in sorted(levels, reverse=True):
             certain = False
             for entry in levels[priority].find(frame):
@@ -117,6 +133,7 @@ class FlowIndex:
                     yield entry.actions, {**frame, **lasting}
                 certain = certain or met is True
             if certain:
+                lowest[table] = min(before, priority)
                 return
 
 
@@ -138,6 +155,7 @@ def find_reached_in(index: FlowIndex) -> Reached:
     """`find_reached` of the flows of an index."""
     seen: set[tuple[int, frozenset[tuple[str, str]]]] = set()
     groups: set[int] = set()
+    lowest: dict[int, int] = {}
     left: list[tuple[int, Fields]] = [(Table.CLASSIFY.number, index.known)]
     while left:
         number, frame = left.pop()
@@ -145,7 +163,7 @@ def find_reached_in(index: FlowIndex) -> Reached:
         if state in seen:
             continue
         seen.add(state)
-        for actions, after in index.find_possible(number, frame):
+        for actions, after in index.find_possible(number, frame, lowest):
             for step in _STEP.finditer(actions):
                 table, tracked, value, register, group = step.groups()
                 if register is not None:
@@ -155,7 +173,8 @@ def find_reached_in(index: FlowIndex) -> Reached:
                 else:
                     left.append((int(table or tracked), after))
     numbers = {number for number, _ in seen}
-    return Reached(frozenset(t for t in Table if t.number in numbers), frozenset(groups))
+    tables = frozenset(t for t in Table if t.number in numbers)
+    return Reached(tables, frozenset(groups), lowest)
 
 
 def _compare(fields: Fields, frame: Fields) -> bool | None:

@@ -143,8 +143,12 @@ class SpareCommand:
         if process is None or process.returncode is not None:
             return await run_async(self._argv, stdin=stdin, timeout=self._timeout)
         log.debug("run", command=shlex.join(self._argv))
+        if process.stdin is not None:
+            # Before anything else has its turn on the event loop; a pipe takes most of it at once.
+            with contextlib.suppress(OSError):
+                process.stdin.write(stdin.encode())
         try:
-            return await _communicate(self._argv, process, stdin, self._timeout, check=True)
+            return await _communicate(self._argv, process, "", self._timeout, check=True)
         finally:
             self._beginning = asyncio.create_task(self.begin(), name="spare command")
 

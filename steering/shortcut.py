@@ -7,7 +7,6 @@ flows of table SHORTCUTS, one for each direction. docs/shortcut.md walks it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -165,11 +164,6 @@ def build_untaught(policies: Iterable[str]) -> tuple[str, ...]:
 
 def build_shortcut_cookie(policy: str) -> int:
     return build_cookie(CookieKind.SHORTCUT, build_policy_number(policy))
-
-
-def find_shortcut_id(match: str) -> str:
-    """Eight hexadecimal digits that name a learned flow as long as it is there."""
-    return hashlib.blake2s(match.encode(), digest_size=4).hexdigest()
 
 
 def build_return(

@@ -7,7 +7,6 @@ timeout, whether or not the management service runs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,11 +61,6 @@ class Shunned:
     left: float
     packets: int
     bytes: int
-
-
-def find_shun_id(match: str) -> str:
-    """Eight hexadecimal digits that name a shunned flow as long as it is shunned."""
-    return hashlib.blake2s(match.encode(), digest_size=4).hexdigest()
 
 
 def build_shun(

@@ -38,11 +38,17 @@ _BUSY_SECONDS = 10.0
 
 
 class StoreError(HairpinError):
-    """The database could not be opened, read or written. ``full`` says the disk is full."""
+    """The database could not be opened, read or written. ``full`` says the disk is full, ``damaged``
 
-    def __init__(self, reason: str, mend: str = "", *, full: bool = False) -> None:
+    that a partition of alerts is not what was written.
+    """
+
+    def __init__(
+        self, reason: str, mend: str = "", *, full: bool = False, damaged: bool = False
+    ) -> None:
         super().__init__(reason, mend)
         self.full = full
+        self.damaged = damaged
 
 
 def explain_fault(path: Path, fault: sqlite3.Error | OSError) -> StoreError:
@@ -53,7 +59,7 @@ def explain_fault(path: Path, fault: sqlite3.Error | OSError) -> StoreError:
         return StoreError(f"{path}: {fault}", f"{mend} the disk of {path}", full=full)
     if isinstance(fault, Damaged) and fault.path is not None:
         mend = "restore it from a backup, or move it away: alerts go on without it"
-        return StoreError(f"{fault.path} is damaged: {fault}", mend)
+        return StoreError(f"{fault.path} is damaged: {fault}", mend, damaged=True)
     code = getattr(fault, "sqlite_errorcode", None)
     reason = f"database {path}: {fault}"
     primary = None if code is None else code & 0xFF

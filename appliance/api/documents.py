@@ -107,6 +107,9 @@ class ExporterHealth(ApiDocument):
     detail: str = ""
     pending: Count = Field(default=0, description="Alerts stored and not yet delivered.")
     delivered: Count = 0
+    skipped: Count = Field(
+        default=0, description="Alerts that a damaged piece of the store kept from the receiver."
+    )
 
 
 class RulesHealth(ComponentHealth):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from aiohttp import web
@@ -16,7 +17,10 @@ from appliance.api.problems import Refused, find_faults
 from appliance.api.queries import ETAG_PATTERN, ETAGS_PATTERN, Query
 from appliance.api.routes import YAML, Call, Route
 from steering.errors import FieldError, WrongInput
+from steering.pieces import split_list
 
+_REMEMBERED_BYTES = 1024
+"""Of a document, to be known again once it was seen to be JSON: so at most 16 MiB are remembered."""
 _ETAG = re.compile(ETAG_PATTERN, re.ASCII)
 _ETAGS = re.compile(ETAGS_PATTERN, re.ASCII)
 
@@ -106,12 +110,10 @@ async def _read_body(request: web.Request, route: Route) -> Any:
         raise Refused(400, "the body is not UTF-8") from None
     if request.content_type == YAML:
         return text
-    value = parse_json(text)
     if route.raw_body:
-        # As one line: YAML, which the policies are read as, takes JSON but no tabs between tokens.
-        return json.dumps(value, ensure_ascii=False)
+        return check_documents(text)
     try:
-        return route.body.model_validate(value)
+        return route.body.model_validate(parse_json(text))
     except ValidationError as fault:
         raise WrongInput(find_faults(fault)) from None
 
@@ -123,6 +125,34 @@ def _refuse_size(limit: int) -> NoReturn:
         "send less, or raise `api.bodyLimitBytes` in the settings",
         headers=[("Connection", "close")],
     )
+
+
+def check_documents(text: str) -> str:
+    """The text of JSON documents, if it is such as `parse_json` takes; to be read elsewhere.
+
+    Of a List, only items that were not among those of late are looked into. Raises Refused.
+    """
+    parts = split_list(text)
+    try:
+        if parts is not None:
+            for item in parts.items:
+                (_check_item if len(item) <= _REMEMBERED_BYTES else parse_json_bytes)(item)
+            parse_json(parts.rest)
+            return text
+    except (Refused, UnicodeDecodeError):
+        pass  # the whole is read, to tell where in it the fault is
+    # As one line: YAML, which the policies are read as, takes JSON but no tabs between tokens.
+    return json.dumps(parse_json(text), ensure_ascii=False)
+
+
+def parse_json_bytes(data: bytes) -> Any:
+    """`parse_json` of UTF-8."""
+    return parse_json(data.decode())
+
+
+@lru_cache(maxsize=16_384)
+def _check_item(data: bytes) -> None:
+    parse_json_bytes(data)
 
 
 def parse_json(text: str) -> Any:

@@ -180,6 +180,9 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_eve_malformed_total": Spec("counter", ("lane",), "EVE lines that are no events."),
     "hairpin_export_pending": Spec("gauge", ("receiver",), "Alerts that wait for a receiver."),
     "hairpin_export_delivered_total": Spec("counter", ("receiver",), "Alerts given to a receiver."),
+    "hairpin_export_skipped_total": Spec(
+        "counter", ("receiver",), "Alerts that a damaged piece of the store kept from a receiver."
+    ),
 }
 
 
@@ -242,6 +245,7 @@ def _find_health(health: Health) -> Iterable[Sample]:
     for exporter in health.components.exporters:
         yield "hairpin_export_pending", (exporter.name,), exporter.pending
         yield "hairpin_export_delivered_total", (exporter.name,), exporter.delivered
+        yield "hairpin_export_skipped_total", (exporter.name,), exporter.skipped
 
 
 def _find_proofs(snapshot: Snapshot) -> Iterable[Sample]:

@@ -23,9 +23,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import structlog
+from sqlite_utils import Database
 
-from appliance.alerts.history import load_cursor, record_cursor
+from appliance.alerts.history import load_cursor, record_cursor, record_event
+from appliance.alerts.model import Alert
 from appliance.alerts.query import AlertFilter, find_alerts, find_latest_alert_id
+from appliance.alerts.salvage import Unreadable, salvage_alerts
 from appliance.alerts.store import Store, StoreError
 from appliance.export.format import frame_message, render_message
 from appliance.export.transport import Connection, Receiver, TransportError, open_connection
@@ -54,6 +57,7 @@ class ExporterStatus:
 
     ``last_sent_id`` was handed to the receiver, ``delivered_id`` is the cursor; ``backlog`` is the
     alerts stored and not yet delivered; ``sent`` counts since the start, repetitions included.
+    ``skipped``, since the start: alerts that a damaged piece of the store kept from the receiver.
     """
 
     name: str
@@ -64,6 +68,7 @@ class ExporterStatus:
     delivered_id: int = 0
     sent: int = 0
     repeated: int = 0
+    skipped: int = 0
     connected_since: float | None = None
     last_error: str = ""
     last_error_at: float | None = None
@@ -71,10 +76,21 @@ class ExporterStatus:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """Alerts up to ``last_id`` were acknowledged at ``at`` (monotonic clock)."""
+    """Alerts up to ``last_id`` were acknowledged at ``at`` (monotonic clock), but those ``lost``."""
 
     last_id: int
     at: float
+    lost: tuple[Unreadable, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Next:
+    """What is to be sent next. ``last_id``: where to go on; ``more``: at once."""
+
+    alerts: tuple[Alert, ...]
+    last_id: int
+    more: bool
+    lost: tuple[Unreadable, ...] = ()
 
 
 class Exporter:
@@ -164,39 +180,62 @@ class Exporter:
         self, connection: Connection, position: int, flights: deque[_Flight]
     ) -> tuple[int, bool]:
         """Send what follows ``position``: the new position, and whether there is more at once."""
-        page = await find_alerts(
-            self._store, AlertFilter(), str(position), limit=BATCH_ALERTS, ascending=True
-        )
-        if not page.items:
+        page = await self._read_next(position)
+        if page.last_id == position:
             return position, False
         data = b"".join(
-            frame_message(render_message(alert, self._hostname)) for alert in page.items
+            frame_message(render_message(alert, self._hostname)) for alert in page.alerts
         )
-        repeated = sum(alert.id <= self._status.last_sent_id for alert in page.items)
-        last_id = page.items[-1].id
+        repeated = sum(alert.id <= self._status.last_sent_id for alert in page.alerts)
         # Counted before: what fails on its way may have arrived all the same.
-        self._latest = max(self._latest, last_id)
+        self._latest = max(self._latest, page.last_id)
         self._change(
-            last_sent_id=max(self._status.last_sent_id, last_id),
-            sent=self._status.sent + len(page.items),
+            last_sent_id=max(self._status.last_sent_id, page.last_id),
+            sent=self._status.sent + len(page.alerts),
             repeated=self._status.repeated + repeated,
         )
-        await connection.send(data, ACKNOWLEDGE_SECONDS)
-        flights.append(_Flight(last_id, time.monotonic()))
-        return last_id, page.next_cursor is not None
+        if data:
+            await connection.send(data, ACKNOWLEDGE_SECONDS)
+        flights.append(_Flight(page.last_id, time.monotonic(), page.lost))
+        return page.last_id, page.more
+
+    async def _read_next(self, position: int) -> _Next:
+        """Around what is damaged, where anything is: the rest must not wait for its mending."""
+        try:
+            page = await find_alerts(
+                self._store, AlertFilter(), str(position), limit=BATCH_ALERTS, ascending=True
+            )
+        except StoreError as fault:
+            if not fault.damaged:
+                raise
+            found = await salvage_alerts(self._store, position, BATCH_ALERTS)
+            if found.last == position:
+                raise  # it is the youngest partition
+            return _Next(found.alerts, found.last, True, found.lost)
+        last_id = page.items[-1].id if page.items else position
+        return _Next(page.items, last_id, page.next_cursor is not None)
 
     async def _settle_flights(self, connection: Connection, flights: deque[_Flight]) -> None:
         """Move the cursor over what was acknowledged long enough ago."""
-        settled = 0
         now = time.monotonic()
-        while flights and now - flights[0].at >= self._settle:
-            settled = flights.popleft().last_id
-        if not settled:
+        done = [one for one in flights if now - one.at >= self._settle]
+        if not done:
             return
+        for _ in done:
+            flights.popleft()
         connection.check_open()
-        at = self._clock()
-        await self._store.write(lambda db: record_cursor(db, self._name, settled, at))
-        self._change(delivered_id=settled)
+        at, settled = self._clock(), done[-1].last_id
+        lost = [one for flight in done for one in flight.lost]
+
+        def write(db: Database) -> None:
+            # In one transaction: each loss is told once, whatever is sent again.
+            record_cursor(db, self._name, settled, at)
+            for one in lost:
+                record_skipped(db, one, self._name, at)
+
+        await self._store.write(write)
+        skipped = sum(one.count for one in lost)
+        self._change(delivered_id=settled, skipped=self._status.skipped + skipped)
 
     def _note_failure(self, fault: TransportError | StoreError) -> None:
         if self._status.last_error != str(fault):
@@ -205,6 +244,16 @@ class Exporter:
 
     def _change(self, **changes: object) -> None:
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]
+
+
+def record_skipped(db: Database, lost: Unreadable, exporter: str, at: float) -> None:
+    """Tell that an exporter went on without these alerts."""
+    text = (
+        f"exporter {exporter} can't deliver alerts {lost.first} to {lost.last}, and went on: "
+        f"{lost.path} is damaged: {lost.reason}; restore it from a backup"
+    )
+    detail = {"first": lost.first, "last": lost.last, "path": lost.path}
+    record_event(db, at, "export.skipped", "error", text, subject=exporter, detail=detail)
 
 
 def build_receiver(settings: SyslogExport) -> Receiver:

@@ -111,6 +111,7 @@ class FlowIngest:
         self._clock = clock
         self._bookmarks: dict[tuple[int, int], Bookmark] = {}
         self._next_generation = 1
+        self._finished: set[int] = set()
         self.fault = ""
 
     async def run(self) -> None:
@@ -133,9 +134,9 @@ class FlowIngest:
         rows = await self._store.read(
             lambda db: find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (SPOOL,))
         )
-        self._bookmarks = index_bookmarks(
-            parse_bookmark_row(row) for row in rows if row["finished_at"] is None
-        )
+        # Also those that are finished: their files may still be there, if this was killed meanwhile.
+        self._bookmarks = index_bookmarks(map(parse_bookmark_row, rows))
+        self._finished = {int(row["generation"]) for row in rows if row["finished_at"] is not None}
         self._next_generation = 1 + max((int(row["generation"]) for row in rows), default=0)
 
     async def _step(self) -> bool:
@@ -175,6 +176,7 @@ class FlowIngest:
 
         await self._store.write(commit)
         self._bookmarks[batch.bookmark.identity] = batch.bookmark
+        self._finished.discard(batch.bookmark.generation)
         self._next_generation = max(self._next_generation, batch.bookmark.generation + 1)
 
     def _prepare(self, batch: Batch) -> tuple[list[StoredFlow], list[str]]:
@@ -195,12 +197,18 @@ class FlowIngest:
         return [build_stored_flow(flow, snapshot) for flow in attributed], refused
 
     async def _retire(self, batch: Batch) -> None:
-        now = self._clock()
+        """Delete a drained file that nothing is written to any more, and forget it."""
+        now, bookmark = self._clock(), batch.bookmark
         if now - batch.changed_at < GRACE_SECONDS:
             return
-        bookmark = batch.bookmark
-        if await asyncio.to_thread(remove_rotated, batch.path, self._live, bookmark):
+        if bookmark.generation not in self._finished:
+            # Before the file goes: a kill in between must not leave an open bookmark of an inode that
+            # is free to be used again.
             await self._store.write(
                 lambda db: finish_file(db, bookmark, batch.path.name, batch.torn, now)
             )
+            self._finished.add(bookmark.generation)
+        size = bookmark.offset + batch.behind
+        if await asyncio.to_thread(remove_rotated, batch.path, self._live, bookmark, size):
             self._bookmarks.pop(bookmark.identity, None)
+            self._finished.discard(bookmark.generation)

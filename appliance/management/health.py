@@ -261,6 +261,7 @@ def _judge_exporter(
         detail=status.last_error or str(status.state),
         pending=status.backlog,
         delivered=status.sent,
+        skipped=status.skipped,
     )
 
 

@@ -1,4 +1,4 @@
-"""Cursors and times of queries, for lists that are made anew for each request. Pure."""
+"""Cursors, times and filters of queries. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TypeVar
 
+from appliance.alerts import query as stored
+from appliance.alerts.model import Verdict
+from appliance.api import queries as ask
 from steering.errors import FieldError, WrongInput
 
 T = TypeVar("T")
@@ -30,3 +33,20 @@ def cut_page(items: Sequence[T], cursor: str | None, limit: int) -> tuple[Sequen
     start = parse_cursor(cursor)
     end = start + limit
     return items[start:end], str(end) if end < len(items) else None
+
+
+def build_alert_filter(query: ask.AlertFilter) -> stored.AlertFilter:
+    """What the API asks for, as the store is asked."""
+    return stored.AlertFilter(
+        vm=query.vm,
+        address=query.address,
+        zone=query.zone,
+        policy=query.policy,
+        lane=str(query.lane) if query.lane else None,
+        verdict=Verdict(query.verdict) if query.verdict else None,
+        signature=query.sid,
+        cve=query.cve,
+        text=query.text,
+        since=read_seconds(query.since),
+        until=read_seconds(query.until),
+    )

@@ -23,7 +23,6 @@ from appliance.alerts.history import (
     record_revision,
 )
 from appliance.alerts.ingest import Ingest
-from appliance.alerts.model import Verdict
 from appliance.alerts.store import Store, StoreError
 from appliance.api import coverage as cover
 from appliance.api import documents as doc
@@ -56,7 +55,7 @@ from appliance.management.flow_accounts import FlowAccounts
 from appliance.management.flows import FlowIngest
 from appliance.management.health import Facts, build_health, is_inspecting
 from appliance.management.knowledge import Knowledge, Snapshot
-from appliance.management.pages import cut_page, parse_cursor, read_seconds
+from appliance.management.pages import build_alert_filter, cut_page, parse_cursor, read_seconds
 from appliance.management.quarantine import Quarantine, QuarantineWork, build_quarantined
 from appliance.management.rulework import RuleWork
 from appliance.management.shortcut import ShortcutWork
@@ -68,9 +67,11 @@ from steering.coverage import build_coverage
 from steering.decide import Connection
 from steering.errors import SwitchError
 from steering.explain import explain, find_machine
+from steering.last import Last
 from steering.model import Lane, Machine, MachineRecord, PolicySet
-from steering.parse import parse_documents, parse_objects, render_documents
+from steering.parse import parse_objects, render_documents
 from steering.reconcile import Reconciler
+from steering.reread import DocumentReader
 
 log = structlog.get_logger("management")
 
@@ -156,6 +157,9 @@ class Management:
             store, reconciler, quarantines, self._take_quarantine, time.time
         )
         self._change = asyncio.Lock()
+        self._documents = DocumentReader()
+        # What a change led to is what the next one leads away from.
+        self._cover = Last(build_coverage)
         self.accounting = FlowAccounts(
             settings.flow_spool.parent / "state.json", lambda: reconciler.mirrored_packets
         )
@@ -260,7 +264,9 @@ class Management:
         dry_run: bool,
     ) -> doc.PlanReport:
         check_match(if_match, self._in_force.etag)
-        policies = await asyncio.to_thread(parse_documents, text)
+        policies = self._documents.read_soon(text)
+        if policies is None:
+            policies = await asyncio.to_thread(self._documents.read, text)
         policies = replace(policies, quarantined=self.quarantine.vm_ids)
         before = self._in_force.policies
         now_in_force = self._in_force
@@ -272,9 +278,9 @@ class Management:
             async def record() -> None:
                 nonlocal number
                 rush.close()  # from here on the reconciler has its own claim
-                at, documents = time.time(), render_documents(policies)
+                at = time.time()
                 number = await self._store.write(
-                    lambda db: record_revision(db, at, "api", documents)
+                    lambda db: record_revision(db, at, "api", render_documents(policies))
                 )
 
             applied = await self._reconciler.apply(policies, record)
@@ -295,8 +301,8 @@ class Management:
             await asyncio.wait({noting}, timeout=NOTE_SECONDS)
         pairs = await asyncio.to_thread(
             lambda: render.build_pair_changes(
-                build_coverage(before, self._reconciler.machines(before)),
-                build_coverage(policies, self._reconciler.machines(policies)),
+                self._cover(before, self._reconciler.machines(before)),
+                self._cover(policies, self._reconciler.machines(policies)),
             )
         )
         return doc.PlanReport(
@@ -524,7 +530,7 @@ class Management:
 
     async def find_alerts(self, query: ask.AlertQuery) -> doc.AlertPage:
         page = await stored.find_alerts(
-            self._store, _build_alert_filter(query), query.cursor, limit=query.limit
+            self._store, build_alert_filter(query), query.cursor, limit=query.limit
         )
         return doc.AlertPage(
             items=tuple(map(render.build_alert, page.items)), next=page.next_cursor
@@ -551,7 +557,7 @@ class Management:
         if after is None:
             return AlertBatch((), await stored.find_latest_alert_id(self._store))
         alerts, last = await stored.find_alerts_after(
-            self._store, after, _build_alert_filter(wanted), limit=limit
+            self._store, after, build_alert_filter(wanted), limit=limit
         )
         return AlertBatch(tuple(map(render.build_alert, alerts)), last)
 
@@ -587,19 +593,3 @@ class Management:
     async def _record(self, kind: str, severity: str, message: str) -> None:
         at = time.time()
         await self._store.write(lambda db: record_event(db, at, kind, severity, message))
-
-
-def _build_alert_filter(query: ask.AlertFilter) -> stored.AlertFilter:
-    return stored.AlertFilter(
-        vm=query.vm,
-        address=query.address,
-        zone=query.zone,
-        policy=query.policy,
-        lane=str(query.lane) if query.lane else None,
-        verdict=Verdict(query.verdict) if query.verdict else None,
-        signature=query.sid,
-        cve=query.cve,
-        text=query.text,
-        since=read_seconds(query.since),
-        until=read_seconds(query.until),
-    )

@@ -16,7 +16,7 @@ from ovs.flow.ofp import OFPFlow
 
 from steering.diff import Bundle
 from steering.errors import CommandFailed, SwitchError
-from steering.flows import FlowKey, Group, Present, PresentFlow
+from steering.flows import FlowKey, Group, Present, PresentFlow, build_match_id
 from steering.pipeline import (
     COOKIE_MASK,
     COOKIE_PREFIX,
@@ -29,8 +29,8 @@ from steering.pipeline import (
     parse_cookie,
 )
 from steering.run import Finished, SpareCommand, run_async
-from steering.shortcut import Taken, find_shortcut_id, is_learned_shortcut
-from steering.shun import PRIORITY, ShunFlow, Shunned, find_shun_id, is_shun
+from steering.shortcut import Taken, is_learned_shortcut
+from steering.shun import PRIORITY, ShunFlow, Shunned, is_shun
 from steering.switch.secure import check_openflow
 from steering.tls import TlsFiles, find_options
 
@@ -204,7 +204,9 @@ def parse_shunned(line: str) -> Shunned | None:
     info = OFPFlow(line).info
     age, most = float(str(info.get("duration", "0")).rstrip("s")), info.get("hard_timeout", 0)
     match = counter.flow.key.match
-    return Shunned(find_shun_id(match), match, owner[1], most - age, counter.packets, counter.bytes)
+    return Shunned(
+        build_match_id(match), match, owner[1], most - age, counter.packets, counter.bytes
+    )
 
 
 # What a SYN makes of a connection's flows, as OVS prints it in OpenFlow 1.5 and before.
@@ -234,7 +236,7 @@ def parse_taken(line: str) -> Taken | None:
     if owner is None or owner[0] is not CookieKind.SHORTCUT or owner[1] == 0:
         return None
     return Taken(
-        find_shortcut_id(match),
+        build_match_id(match),
         match,
         owner[1],
         float(age),

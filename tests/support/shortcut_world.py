@@ -24,16 +24,9 @@ from appliance.management.shortcut import ShortcutWork
 from steering.decide import decide
 from steering.events import SteeringEvent
 from steering.model import (
-    Family,
     Holding,
-    Inspect,
     Lane,
-    OnFailure,
-    Peer,
-    Policy,
     PolicySet,
-    Profile,
-    Service,
     Shortcut,
     Trigger,
 )
@@ -42,7 +35,7 @@ from steering.shortcut import PRIORITY_CODES
 from tests.support.dummy_switch import BRIDGE, DummySwitch, open_dummy_switch
 from tests.support.eve import render_eve
 from tests.support.waiting import wait_until
-from tests.support.worlds import THREE_LEGGED, build_record
+from tests.support.worlds import THREE_LEGGED, build_cut_policy, build_record
 
 VMS = (1, 2, 3)
 LANES = tuple(
@@ -62,26 +55,12 @@ CODE = PRIORITY_CODES[Trigger.ONE_MEGABYTE]
 PAYLOAD = b"x" * 64
 
 
-def build_policy(
-    name: str, source: int, destination: int, priority: int, cut: Shortcut | None
-) -> Policy:
-    return Policy(
-        name,
-        priority,
-        (Peer(vm=f"vm-{source}"),),
-        (Peer(vm=f"vm-{destination}"),),
-        (Service(),),
-        tuple(Family),
-        Inspect(Profile.PREVENT, OnFailure.OPEN, shortcut=cut),
-    )
-
-
 def build_policies(cut: Shortcut | None = None) -> PolicySet:
     """`backup` from 1 to 2, and `quiet` from 3 to 2, whose connections alerts do not send back."""
     cut = cut or Shortcut(Trigger.ONE_MEGABYTE, max_flows=20)
     policies = (
-        build_policy("backup", 1, 2, 100, cut),
-        build_policy("quiet", 3, 2, 90, replace(cut, return_on_alert=False)),
+        build_cut_policy("backup", cut),
+        build_cut_policy("quiet", replace(cut, return_on_alert=False), priority=90, source=3),
     )
     return PolicySet(tuple(build_record(n) for n in VMS), (), policies)
 

@@ -24,6 +24,7 @@ from steering.model import (
     Profile,
     Protocol,
     Service,
+    Shortcut,
     Zone,
 )
 
@@ -57,6 +58,20 @@ def build_port(number: int, *, tag: int | None = None) -> Port:
 
 def build_record(number: int) -> MachineRecord:
     return MachineRecord(f"vm-{number}", f"host-{number}", {"tier": TIERS[(number - 1) % 3]})
+
+
+def build_cut_policy(
+    name: str,
+    shortcut: Shortcut | None,
+    *services: Service,
+    priority: int = 100,
+    source: int = 1,
+    destination: int = 2,
+) -> Policy:
+    """A policy between two VMs by their numbers, whose connections may take a shortcut (None: none does)."""
+    peers = [(Peer(vm=f"vm-{number}"),) for number in (source, destination)]
+    action = Inspect(Profile.PREVENT, OnFailure.OPEN, shortcut=shortcut)
+    return Policy(name, priority, *peers, services or (Service(),), tuple(Family), action)
 
 
 ZONES = tuple(Zone(tier, {"tier": tier}) for tier in TIERS)

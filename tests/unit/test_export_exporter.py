@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.alerts.history import load_cursor
+from appliance.alerts.query import EventFilter, find_events
 from appliance.export.exporter import Exporter, State, find_delay
 from appliance.export.transport import Receiver, TransportError, open_connection
 from appliance.settings import SyslogExport
@@ -191,3 +193,72 @@ def test_pauses_grow_within_their_bounds(failures: int, fraction: float) -> None
     delay = find_delay(failures, fraction, (0.5, 30.0))
     assert 0.25 <= delay <= 30.0
     assert find_delay(failures + 1, fraction, (0.5, 30.0)) >= delay
+
+
+def damage(alerts: Alerts, partition: int, sql: str) -> None:
+    with contextlib.closing(sqlite3.connect(alerts.store.partitions[partition].path)) as db, db:
+        assert db.execute(sql).rowcount
+
+
+async def find_skips(alerts: Alerts) -> list[tuple[int, int]]:
+    page = await find_events(alerts.store, EventFilter(kind="export.skipped"))
+    assert all(one.severity == "error" and one.subject == "siem" for one in page.items)
+    return sorted((one.detail["first"], one.detail["last"]) for one in page.items)
+
+
+@pytest.mark.parametrize(
+    ("sql", "lost"),
+    [
+        ("UPDATE chunks SET data = x'00' WHERE first = 33", range(33, 34)),
+        ("UPDATE chunks SET data = substr(data, 9) WHERE first > 30 AND first < 99", range(31, 99)),
+        ("UPDATE alerts SET blocked = 9, lane = 1, detail = '{' WHERE id = 40", range(40, 41)),
+        ("DROP TABLE alerts", range(1, 301)),
+    ],
+)
+async def test_what_is_damaged_in_an_old_partition_is_left_out_and_told_once(
+    alerts: Alerts, peer: Peer, sql: str, lost: range
+) -> None:
+    await alerts.add(300)
+    await alerts.store.roll()
+    await alerts.add(50)
+    if sql.startswith("DROP"):
+        path = alerts.store.partitions[0].path
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute(sql)
+    else:
+        damage(alerts, 0, sql)
+    async with running(alerts, peer) as exporter:
+        await wait_until(lambda: exporter.status().delivered_id == 350, 30)
+        assert exporter.status().skipped == len(lost)
+        assert exporter.status().state is State.CONNECTED
+    assert peer.ids == [number for number in range(1, 351) if number not in lost]
+    assert await find_skips(alerts) == [(lost[0], lost[-1])]
+    async with running(alerts, peer) as exporter:
+        await wait_until(lambda: exporter.status().delivered_id == 350, 30)
+    assert await find_skips(alerts) == [(lost[0], lost[-1])]
+
+
+async def test_a_loss_is_told_once_though_the_receiver_went_away(
+    alerts: Alerts, peer: Peer
+) -> None:
+    await alerts.add(300)
+    await alerts.store.roll()
+    await alerts.add(50)
+    damage(alerts, 0, "UPDATE chunks SET data = x'00' WHERE first > 32 AND first < 65")
+    peer.close_after = 310
+    async with running(alerts, peer) as exporter:
+        await wait_until(lambda: exporter.status().delivered_id == 350, 30)
+    assert set(peer.ids) == set(range(1, 351)) - set(range(33, 65))
+    assert peer.connections > 1
+    assert await find_skips(alerts) == [(33, 64)]
+
+
+async def test_damage_in_the_youngest_partition_holds_the_cursor(
+    alerts: Alerts, peer: Peer
+) -> None:
+    await alerts.add(100)
+    damage(alerts, -1, "UPDATE chunks SET data = x'00' WHERE first = 33")
+    async with running(alerts, peer) as exporter:
+        await wait_until(lambda: "damaged" in exporter.status().last_error)
+        assert (exporter.status().delivered_id, exporter.status().skipped) == (0, 0)
+    assert await find_skips(alerts) == []

@@ -25,16 +25,11 @@ from steering.counters import Count, Counters, Tally, add_tallies
 from steering.errors import HairpinError
 from steering.model import (
     Family,
-    Inspect,
-    OnFailure,
-    Peer,
-    Policy,
     PolicySet,
-    Profile,
-    Service,
     Shortcut,
     Trigger,
 )
+from tests.support.worlds import build_cut_policy
 
 AT = 1_000_000.0
 MB, RULE = Trigger.ONE_MEGABYTE, Trigger.RULE
@@ -43,18 +38,8 @@ MB, RULE = Trigger.ONE_MEGABYTE, Trigger.RULE
 def build_policies(**triggers: Trigger | None) -> PolicySet:
     return PolicySet(
         policies=tuple(
-            Policy(
-                name,
-                100 + number,
-                (Peer(vm="vm-1"),),
-                (Peer(vm="vm-2"),),
-                (Service(),),
-                tuple(Family),
-                Inspect(
-                    Profile.PREVENT,
-                    OnFailure.OPEN,
-                    shortcut=None if trigger is None else Shortcut(trigger, 5),
-                ),
+            build_cut_policy(
+                name, None if trigger is None else Shortcut(trigger, 5), priority=100 + number
             )
             for number, (name, trigger) in enumerate(triggers.items())
         )

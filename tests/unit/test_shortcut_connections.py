@@ -12,15 +12,11 @@ from hypothesis import strategies as st
 from appliance.assurance.connections import TakenConnection, find_named, pair_taken
 from steering.decide import resolve_machines
 from steering.errors import HairpinError
+from steering.flows import build_match_id
 from steering.model import (
     Family,
-    Inspect,
-    OnFailure,
-    Peer,
-    Policy,
     PolicySet,
     PortRange,
-    Profile,
     Protocol,
     Service,
     Shortcut,
@@ -33,27 +29,23 @@ from steering.shortcut import (
     Taken,
     build_return,
     find_held,
-    find_shortcut_id,
 )
 from steering.switch.openflow import parse_flow_counter, parse_taken
-from tests.support.worlds import build_port, build_record
+from tests.support.worlds import build_cut_policy, build_port, build_record
 
-CUT = Inspect(
-    Profile.PREVENT, OnFailure.OPEN, shortcut=Shortcut(Trigger.ONE_MEGABYTE, max_flows=50)
-)
+CUT = Shortcut(Trigger.ONE_MEGABYTE, max_flows=50)
 PORTS = tuple(build_port(number) for number in (1, 2, 3))
-
-
-def build_policy(name: str, source: int, destination: int, *services: Service) -> Policy:
-    peers = [(Peer(vm=f"vm-{number}"),) for number in (source, destination)]
-    return Policy(name, 100, *peers, services or (Service(),), tuple(Family), CUT)
 
 
 WEB = Service(Protocol.TCP, (PortRange(80, 80),))
 POLICIES = PolicySet(
     tuple(build_record(n) for n in (1, 2, 3)),
     (),
-    (build_policy("backup", 1, 2), build_policy("web", 2, 3, WEB), build_policy("back", 3, 2)),
+    (
+        build_cut_policy("backup", CUT),
+        build_cut_policy("web", CUT, WEB, source=2, destination=3),
+        build_cut_policy("back", CUT, source=3, destination=2),
+    ),
 )
 MACHINES = resolve_machines(POLICIES, PORTS)
 
@@ -76,7 +68,7 @@ def build_flow(
         f"{names[0]}={base}{vm},{names[1]}={base}{peer},tp_src={sport},tp_dst={dport}"
     )
     number = build_policy_number(policy)
-    return Taken(find_shortcut_id(match), match, number, age, idle, packets, packets * 100)
+    return Taken(build_match_id(match), match, number, age, idle, packets, packets * 100)
 
 
 def build_both(

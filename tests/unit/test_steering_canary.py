@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.canary import SOURCE_MAC, build_destination_mac
-from steering.check import check_program
+from steering.check import Checker, check_program
 from steering.compile import compile_program
 from steering.compile_canary import find_canary_macs
 from steering.counters import Count, build_counters, find_tallies
 from steering.decide import resolve_machines
-from steering.flows import Flow, FlowKey, Program
+from steering.flows import Flow, FlowKey, Piece, Program
 from steering.model import Lane, PolicySet
 from steering.pipeline import CookieKind, Table, build_cookie
-from steering.reach import find_reached
+from steering.reach import FlowIndex, Reached, find_reached, find_reached_in
 from tests.support.simulator import Frame, Simulator
 from tests.support.worlds import CANARY, LANES, build_port, policy_sets
 
 PORTS = tuple(build_port(number) for number in range(1, 7))
+BASE = build_cookie(CookieKind.BASE)
 LEGS = frozenset(leg.ofport for lane in LANES for leg in (lane.leg_a, lane.leg_b))
 
 
@@ -122,6 +123,54 @@ def test_the_check_finds_a_way_out_for_the_canarys_port() -> None:
     )
     told = check_program(Program(open_way, program.groups), LANES, CANARY)
     assert any("reaches groups" in sentence for sentence in told)
+
+
+def test_a_check_that_follows_finds_every_way_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[FlowIndex] = []
+
+    def find(index: FlowIndex) -> Reached:
+        looked.append(index)
+        return find_reached_in(index)
+
+    monkeypatch.setattr("steering.check.find_reached_in", find)
+    base = build(PolicySet())
+    # Each flow by itself, so that nothing but what came or went is looked at.
+    alone = {flow: Piece((flow,)) for flow in base.flows}
+    whole = Program(groups=base.groups, pieces=tuple(alone.values()))
+    astray = [
+        Flow(table, priority, match, actions, BASE)
+        for table in Table
+        for priority in (0, 50, 95, 201, 60_001)
+        for match in ("", "udp", f"in_port={CANARY}", "in_port=1")
+        for actions in ("resubmit(,80)", "drop")
+    ]
+    changed = [
+        *(tuple(piece for flow, piece in alone.items() if flow is not gone) for gone in alone),
+        *((*whole.pieces, Piece((flow,))) for flow in astray if flow.key not in known(base)),
+    ]
+    checker, found = Checker(), 0
+    for pieces in changed:
+        assert checker.check(whole, LANES, CANARY) == ()
+        other = Program(groups=base.groups, pieces=pieces)
+        told = checker.check(other, LANES, CANARY)
+        assert set(told) == set(check_program(other, LANES, CANARY)), pieces[-1]
+        found += bool(told)
+    assert 50 < found < len(changed), "some lead astray, some do not"
+    checker = Checker()
+    assert checker.check(whole, LANES, CANARY) == ()
+    looked.clear()
+    below = Flow(Table.POLICY, 7, "reg4=0x1", "drop", BASE)
+    assert (
+        checker.check(
+            Program(groups=base.groups, pieces=(*whole.pieces, Piece((below,)))), LANES, CANARY
+        )
+        == ()
+    )
+    assert looked == [], "what a canary never meets changes nothing for it"
+
+
+def known(program: Program) -> set[FlowKey]:
+    return {flow.key for flow in program.flows}
 
 
 def test_canaries_are_counted_where_they_enter_and_where_they_are_steered() -> None:

@@ -129,6 +129,11 @@ def forget() -> None:
         "_compile_ghost",
         "_compile_holder",
         "_compile_rank",
+        "_compile_base",
+        "_compile_ports",
+        "_list_ports",
+        "_build_membership",
+        "_find_declared",
     ):
         getattr(compiler, name).cache_clear()
 

@@ -37,7 +37,7 @@ from steering.shortcut import (
     find_held,
     find_shortcut_problems,
 )
-from tests.support.worlds import LANES, THREE_LEGGED, build_port, build_record
+from tests.support.worlds import LANES, THREE_LEGGED, build_cut_policy, build_port, build_record
 
 DOCUMENTS = """
 apiVersion: hairpin/v1
@@ -69,13 +69,9 @@ def read(shortcut: str) -> Shortcut | None:
 
 def build_policies(*names: str, shortcut: Shortcut | None = None) -> PolicySet:
     cut = shortcut or Shortcut(Trigger.ONE_MEGABYTE, 10)
-    action = Inspect(Profile.PREVENT, OnFailure.OPEN, shortcut=cut)
     policies = tuple(
-        Policy(
-            name, 100 + number, (Peer(vm="vm-1"),), (Peer(vm="vm-2"),), (Service(),), tuple(Family), action
-        )
-        for number, name in enumerate(names)
-    )  # fmt: skip
+        build_cut_policy(name, cut, priority=100 + number) for number, name in enumerate(names)
+    )
     return PolicySet(tuple(build_record(n) for n in (1, 2, 3)), (), policies)
 
 

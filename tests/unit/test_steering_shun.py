@@ -10,6 +10,7 @@ from appliance.alerts.model import Alert, Endpoint, Signature, Verdict
 from appliance.management.shun import read_blocked
 from steering.decide import resolve_machines
 from steering.errors import WrongInput
+from steering.flows import build_match_id
 from steering.model import (
     Family,
     Inspect,
@@ -22,7 +23,7 @@ from steering.model import (
     Service,
 )
 from steering.parse import parse_documents, render_documents
-from steering.shun import Blocked, build_shun, find_shun_id
+from steering.shun import Blocked, build_shun
 from steering.switch.openflow import parse_shunned
 from tests.support.worlds import ZONES, build_port, build_record
 
@@ -125,7 +126,7 @@ def test_what_the_switch_shows_is_read_back() -> None:
         3,
         222,
     )
-    assert shunned.id == find_shun_id(flow.match)
+    assert shunned.id == build_match_id(flow.match)
     other = line.replace(f"{flow.cookie:#x}", "0x4850000000000000")
     assert parse_shunned(other) is None
 
