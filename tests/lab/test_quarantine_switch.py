@@ -62,6 +62,20 @@ async def test_a_vm_shut_off_while_policies_change_stays_shut_off(
     assert await has_settled(world)
 
 
+async def test_a_vm_that_is_shut_off_stays_so_when_policies_change(
+    world: World, sent: list[str]
+) -> None:
+    await world.reconciler.shut_off(SHUT)
+    await world.reconciler.apply(OTHER)
+    await wait_until(lambda: has_settled(world))
+    sent.clear()
+    await world.reconciler.apply(world.policies)  # what stands is known: nothing is read before
+    await world.reconciler.apply(OTHER)
+    assert not [line for line in sent if line.startswith("flow delete")]
+    assert world.reconciler.policies.quarantined == SHUT
+    assert await has_settled(world)
+
+
 async def test_a_vm_let_go_while_policies_change_is_not_shut_off_again(
     world: World, sent: list[str]
 ) -> None:
