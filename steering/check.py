@@ -26,6 +26,7 @@ from steering.reach import FlowIndex, Reached, find_reached_in
 _RESUBMIT = re.compile(r"resubmit\(,(\d+)\)")
 _OUTPUT = re.compile(r"output:(\d+)")
 _LEARNED_TABLE = re.compile(r"learn\(table=(\d+)")
+_CONJUNCTION = "conj_id="
 _RANK = {table.number: rank for rank, table in enumerate(Table)}
 
 
@@ -44,6 +45,7 @@ class Checker:
         self._legs = _Legs()
         self._pieces: frozenset[Piece] = frozenset()
         self._keys: set[FlowKey] = set()
+        self._conjunctions: dict[str, FlowKey] = {}
         self._canary = 0
         self._index = FlowIndex({})
         self._reached: Reached | None = None
@@ -66,7 +68,8 @@ class Checker:
         return faults
 
     def _forget(self) -> None:
-        self._pieces, self._keys, self._reached = frozenset(), set(), None
+        self._pieces, self._keys, self._conjunctions = frozenset(), set(), {}
+        self._reached = None
         # Registers begin as 0; what the others carry is set on the way, if at all.
         begins = {Register.SHORTCUT.value: "0", Register.LET_GO.value: "0"}
         self._index = FlowIndex({"in_port": str(self._canary), **begins})
@@ -88,6 +91,8 @@ class Checker:
         for piece in self._pieces - pieces:
             for flow in piece.flows:
                 self._keys.discard(flow.key)
+                if flow.match.startswith(_CONJUNCTION):
+                    self._conjunctions.pop(flow.match, None)
                 self._index.remove(flow)
                 self._note(flow)
         for piece in pieces - self._pieces:
@@ -96,10 +101,17 @@ class Checker:
                     yield f"stands twice: {flow}"
                     continue
                 self._keys.add(flow.key)
+                if flow.match.startswith(_CONJUNCTION):
+                    yield from self._check_conjunction(flow)
                 self._index.add(flow)
                 self._note(flow)
                 yield from _check_flow(flow, self._legs)
         self._pieces = pieces
+
+    def _check_conjunction(self, flow: Flow) -> Iterator[str]:
+        """OVS looks a met conjunction's id up in the whole table, not at the priority of its clauses."""
+        if self._conjunctions.setdefault(flow.match, flow.key) != flow.key:
+            yield f"two policies have one conjunction: {flow}"
 
 
 def _check_flow(flow: Flow, legs: _Legs) -> Iterator[str]:

@@ -64,6 +64,7 @@ from steering.pipeline import (
     Table,
     build_conjunction_id,
     build_cookie,
+    build_fragments_number,
     build_policy_number,
     build_policy_priority,
     build_steer_key,
@@ -211,8 +212,8 @@ def _compile_base(
     _add_base(book)
     _add_legs(book, lanes)
     add_shortcuts(book, shortcuts, lanes, untaught)
-    if any_scoped or canary > 0:
-        _add_connection(book)
+    # Always: packets that were in scope a moment ago still come back from conntrack.
+    _add_connection(book)
     if any_scoped:
         add_many(book)
     if canary > 0:
@@ -264,7 +265,6 @@ def _compile_port(
         _add_port_connection(book, port)
         if shortcuts:
             add_origin(book, port)
-    if number != NO_CLASS:
         _add_class(book, port, number)
     return Piece(tuple(book.flows()))
 
@@ -373,17 +373,19 @@ def _add_port_connection(book: FlowBook, port: Port) -> None:
 
 
 def _add_class(book: FlowBook, port: Port, number: int) -> None:
-    """The class of the port's VM, looked up behind conntrack: in the same walk as the policies.
+    """The class of the port's VM, and where a packet for it goes: looked up behind conntrack, with the policies.
 
-    What is set before conntrack is kept with the packet while the tables may change: a class that is no
-    longer any policy's would then meet none, and go direct.
+    What is set before conntrack is kept with the packet while the tables may change: a class or a port that is
+    no longer any policy's would then meet none, and go direct. So what ENDPOINT found is found anew, by MAC.
     """
     cookie = build_cookie(CookieKind.PORT, port.ofport)
-    sender = f"{set_register(SENDER, number)},{go_to(Table.RECEIVER)}"
-    book.add(Table.SENDER, 100, build_match(in_port=port.ofport), sender, cookie)
-    receiver = f"{set_register(RECEIVER, number)},{go_to(Table.POLICY)}"
-    to_port = build_match(reg6=render_number(port.ofport))
-    book.add(Table.RECEIVER, 100, to_port, receiver, cookie)
+    if number != NO_CLASS:
+        sender = f"{set_register(SENDER, number)},{go_to(Table.RECEIVER)}"
+        book.add(Table.SENDER, 100, build_match(in_port=port.ofport), sender, cookie)
+    to_port = set_register(DESTINATION, port.ofport)
+    to_class = f"{set_register(RECEIVER, number)}," if number != NO_CLASS else ""
+    receiver = f"{to_port},{to_class}{go_to(Table.POLICY)}"
+    book.add(Table.RECEIVER, 100, build_match(dl_dst=port.mac), receiver, cookie)
 
 
 def _add_connection(book: FlowBook) -> None:
@@ -462,13 +464,10 @@ def _add_policy(
     cookie = build_cookie(CookieKind.POLICY, number)
     priority = build_policy_priority(policy)
     strict = _find_strict_action(policy, lanes)
-    # Policy names have no slash, so this number is nobody's name.
     parts = [(number, policy.action, False)]
     if isinstance(policy.action, Inspect):
         apart = strict != policy.action
-        parts.append(
-            (build_policy_number(f"{policy.name}/fragments") if apart else number, strict, True)
-        )
+        parts.append((build_fragments_number(policy.name) if apart else number, strict, True))
     for answer in (False, True):
         senders, receivers = (answerers, openers) if answer else (openers, answerers)
         for part, action, fragments in parts:

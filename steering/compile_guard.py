@@ -85,11 +85,14 @@ def add_learn(book: FlowBook, port: Port) -> None:
 def add_ghost(book: FlowBook, mac: str) -> None:
     """Nothing from or to the MAC of a VM in scope whose port is gone, until its flows are there again.
 
-    Else NORMAL would carry its packets uninspected between its port's return and ours noticing it.
+    Else NORMAL would carry its packets uninspected between its port's return and ours noticing it. In SENDER and
+    RECEIVER too: while the switch renews its datapath flows, packets come there that passed GUARD as before.
     """
     cookie = build_cookie(CookieKind.GHOST)
-    book.add(Table.GUARD, 80, build_match(dl_src=mac), "drop", cookie)
-    book.add(Table.ENDPOINT, 95, build_match(dl_dst=mac), "drop", cookie)
+    for table, priority in ((Table.GUARD, 80), (Table.SENDER, 110)):
+        book.add(table, priority, build_match(dl_src=mac), "drop", cookie)
+    for table, priority in ((Table.ENDPOINT, 95), (Table.RECEIVER, 100)):
+        book.add(table, priority, build_match(dl_dst=mac), "drop", cookie)
 
 
 def add_many(book: FlowBook) -> None:

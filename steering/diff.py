@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from steering.flows import Flow, FlowKey, Group, Present, PresentFlow, Program, sort_flows
-from steering.pipeline import DELIVER_GROUP
+from steering.pipeline import DELIVER_GROUP, CookieKind, build_cookie
 
 Kind = Literal["add", "modify", "delete"]
 
@@ -37,6 +37,11 @@ class Bundle:
 
     def count(self, kind: Kind) -> int:
         return sum(change.kind == kind for change in self.changes)
+
+    def without(self, kind: CookieKind) -> Bundle:
+        """The changes but those of flows of this kind."""
+        head = f"cookie={build_cookie(kind):#x}"[:-8]  # less the number
+        return Bundle(tuple(one for one in self.changes if not one.text.startswith(head)))
 
 
 def _flow_command(verb: str, flow: Flow | PresentFlow) -> str:

@@ -45,10 +45,14 @@ def build_zone_index(zones: Iterable[Zone]) -> ZoneIndex:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The members of every zone and the vm-id of every name, among the VMs it was built from."""
+    """The members of every zone and the vm-ids of every name, among the VMs it was built from.
+
+    A name means more than one only where a port carries as its vm-id what is another VM's name; then, as in
+    `decide`, it means both: the named VM must not lose its policies to whoever comes by such an id.
+    """
 
     by_zone: Mapping[str, frozenset[str]]
-    by_name: Mapping[str, str]
+    by_name: Mapping[str, frozenset[str]]
 
     def find_members(self, peers: Iterable[Peer]) -> frozenset[str]:
         """The vm-ids that these peers name."""
@@ -56,8 +60,8 @@ class Membership:
         for peer in peers:
             if peer.zone is not None:
                 members |= self.by_zone.get(peer.zone, frozenset())
-            elif peer.vm is not None and peer.vm in self.by_name:
-                members.add(self.by_name[peer.vm])
+            elif peer.vm is not None:
+                members |= self.by_name.get(peer.vm, frozenset())
         return frozenset(members)
 
 
@@ -69,7 +73,7 @@ def build_membership(
     for machine in machines:
         for name in index.find_zones(machine.tags):
             by_zone.setdefault(name, set()).add(machine.vm_id)
-    # A vm-id goes before a name: documents in which one VM's name is another's vm-id are refused.
-    names = {machine.name: machine.vm_id for machine in machines}
-    names |= {machine.vm_id: machine.vm_id for machine in machines}
+    names = {machine.vm_id: frozenset({machine.vm_id}) for machine in machines}
+    for machine in machines:
+        names[machine.name] = names.get(machine.name, frozenset()) | {machine.vm_id}
     return Membership({zone: frozenset(members) for zone, members in by_zone.items()}, names)

@@ -45,6 +45,7 @@ from steering.model import (
     Zone,
 )
 from steering.parse_policy import Names, read_policy
+from steering.pipeline import build_fragments_number, build_policy_number
 
 
 def parse_documents(text: str) -> PolicySet:
@@ -117,6 +118,7 @@ def _parse_items(items: Sequence[object], faults: Faults) -> PolicySet:
             faults.add(0, "items", f"{count} documents of kind {kind}; at most {limit} are taken")
             faults.raise_any()  # what follows compares them with each other
     found = PolicySet(tuple(machines), tuple(zones), tuple(policy for _, policy in policies))
+    check_numbers(faults, policies)
     check_contradictions(faults, found, [number for number, _ in policies])
     faults.raise_any()
     return found
@@ -261,6 +263,24 @@ def check_names(faults: Faults, machines: Sequence[MachineRecord], names: Names)
             number = names.machines[record.name]
             reason = f"{show(record.name)} is the vmId of items[{other}]: a peer of it would be ambiguous"
             faults.add(number, f"items[{number}].metadata.name", reason)
+
+
+def check_numbers(faults: Faults, policies: Sequence[tuple[int, Policy]]) -> None:
+    """No two policies have one number in the switch: it would take the one for the other, whatever they say.
+
+    Among 1,000 names that happens once in 1,000 times, so a refusal costs less than keeping numbers would.
+    """
+    owners: dict[int, str] = {}
+    for number, policy in policies:
+        for one in (build_policy_number(policy.name), build_fragments_number(policy.name)):
+            owner = owners.setdefault(one, policy.name)
+            if owner != policy.name:
+                reason = (
+                    f"{show(policy.name)} and {show(owner)} can't be told apart in the switch: both names "
+                    f"come to the number {one}; rename either policy"
+                )
+                faults.add(number, f"items[{number}].metadata.name", reason)
+                break
 
 
 def check_contradictions(faults: Faults, found: PolicySet, numbers: Sequence[int]) -> None:

@@ -164,6 +164,11 @@ def build_policy_number(name: str) -> int:
     return max(int.from_bytes(digest, "big") >> 1, 1)
 
 
+def build_fragments_number(name: str) -> int:
+    """Likewise for a policy's fragments, where they are inspected apart; policies' names have no slash."""
+    return build_policy_number(f"{name}/fragments")
+
+
 def build_conjunction_id(policy_number: int, *, answer: bool) -> int:
     return policy_number << 1 & 0xFFFF_FFFF | int(answer)
 

@@ -87,6 +87,7 @@ class Reconciler:
         self._own_changes, self._own_until = 0, 0.0
         self._verified: tuple[Program, tuple[PresentFlow, ...]] | None = None
         self._checker = Checker()
+        self._compiled_quarantine = frozenset[str]()
         self.rush = Rush()
         self._ghosts: tuple[Ghost, ...] = ()
         self._has_remembered = False
@@ -386,6 +387,7 @@ class Reconciler:
         return observed
 
     def _compile(self, policies: PolicySet, observed: Observed) -> Program:
+        self._compiled_quarantine = policies.quarantined
         machines = resolve_machines(policies, observed.ports)
         program = compile_program(
             policies,
@@ -426,7 +428,12 @@ class Reconciler:
             return Bundle()
         bundle = build_bundle(program, present)
         self._verified = None if bundle else (program, present.flows)
-        return bundle
+        return self._leave_quarantine(bundle)
+
+    def _leave_quarantine(self, bundle: Bundle) -> Bundle:
+        """What `shut_off` changed since was compiled is not undone; it has all compiled anew."""
+        is_same = self._compiled_quarantine == self._policies.quarantined
+        return bundle if is_same else bundle.without(CookieKind.QUARANTINE)
 
     async def _send(self, bundle: Bundle, more: Sequence[str] = ()) -> None:
         """Whoever sends reads back, so what the flow monitor tells of these changes is no news.
@@ -550,7 +557,7 @@ class Reconciler:
             await self.shortcuts.forget_ports([ofport])
         # What came or went need not wait for all to be read.
         ahead = Bundle() if self._standing is None else build_change(program, self._standing)
-        if ahead:
+        if ahead := self._leave_quarantine(ahead):
             self._standing = None
             await self._send(ahead)
             self._standing = program

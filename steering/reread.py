@@ -14,6 +14,7 @@ from steering.model import MachineRecord, PolicySet, Zone
 from steering.parse import (
     check_contradictions,
     check_names,
+    check_numbers,
     parse_documents,
     parse_objects,
     read_head,
@@ -122,6 +123,7 @@ class DocumentReader:
             tuple(policy for _, policy in sound),
         )
         try:
+            check_numbers(faults, sound)
             check_contradictions(faults, found, [number for number, _ in sound])
             faults.raise_any()
         except WrongInput:

@@ -9,7 +9,7 @@ may hang alone, so each queue is looked at by itself, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 SILENT_LIMIT = 3.0
@@ -38,7 +38,8 @@ class Beat:
     """An engine at one moment. `at` and `cpu` are in seconds (monotonic, processor time).
 
     `queued`: packets that its queues were given, `taken`: those that it says it took; None: not known.
-    `queues`: each by itself, where it has several.
+    `queues`: each by itself, where it has several. `untaken`: the lane's queues that nobody takes packets
+    from, while somebody does from another.
     """
 
     at: float
@@ -48,6 +49,7 @@ class Beat:
     queued: int = 0
     taken: int | None = None
     queues: tuple[QueueBeat, ...] = ()
+    untaken: tuple[int, ...] = ()
 
     @property
     def given_back(self) -> int:
@@ -77,7 +79,7 @@ def find_hang(beats: Sequence[Beat]) -> str | None:
         lasted = now.at - first.at
         if lasted >= SILENT_LIMIT and now.cpu - first.cpu < IDLE_SHARE * lasted:
             return f"the engine {what} for {lasted:.1f} s and did nothing"
-    if reason := _find_stall(beats) or _find_stuck_queue(beats):
+    if reason := _find_stall(beats) or _find_stuck_queue(beats) or _find_untaken_queue(beats):
         return reason
     if silent and now.at - silent[0].at >= BUSY_LIMIT:
         return f"the engine did not answer for {now.at - silent[0].at:.0f} s"
@@ -120,6 +122,25 @@ def _find_stuck_queue(beats: Sequence[Beat]) -> str | None:
                 f"while {queue.waiting} waited"
             )
     return None
+
+
+def _find_untaken_queue(beats: Sequence[Beat]) -> str | None:
+    """Packets that the rules give to a queue of nobody's are dropped, and BFD may pass by another one.
+
+    So an engine that was adopted, and began when the lane had fewer queues, would cut part of all connections.
+    """
+    now = beats[-1]
+    for number in now.untaken:
+        alike = _trailing(beats, lambda beat, same=number: same in beat.untaken)  # type: ignore[misc]
+        if (lasted := now.at - alike[0].at) >= STALLED_LIMIT:
+            return f"nobody took packets from queue {number} for {lasted:.1f} s"
+    return None
+
+
+def find_untaken(wanted: Iterable[int], bound: Iterable[int]) -> tuple[int, ...]:
+    """Those of a lane's queues that nobody bound. None while none is: that engine does not run yet."""
+    there = set(bound)
+    return tuple(number for number in wanted if number not in there) if there else ()
 
 
 def _trailing(beats: Sequence[Beat], holds: Callable[[Beat], bool]) -> Sequence[Beat]:

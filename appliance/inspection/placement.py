@@ -117,7 +117,8 @@ PACKET_THREAD = "W-NFQ#"
 def find_placement_faults(wanted: LanePlacement, seen: Iterable[ThreadSight]) -> tuple[str, ...]:
     """How an engine's packet threads are placed other than they should be; empty when they are right.
 
-    Nothing is less inspected for it, so it is told and never ends an engine.
+    Nothing is less inspected for it, so it is told and never ends an engine. A queue without a thread is
+    another matter: see `heartbeat.find_hang`.
     """
     threads = [thread for thread in seen if thread.name.startswith(PACKET_THREAD)]
     faults = []

@@ -408,19 +408,18 @@ class LaneSupervisor:
             self._take_stats(stats.rules_loaded, stats.rules_failed)
             await self._read_counters(process)
         sight = process.read_sight()
+        own = [seen for seen in counters if seen.number in self.lane.queues]
         return heartbeat.Beat(
             at=time.monotonic(),
             answered=answered,
-            waiting=sum(seen.waiting for seen in counters if seen.number in self.lane.queues),
+            waiting=sum(seen.waiting for seen in own),
             cpu=0.0 if sight is None else sight.cpu,
             queues=tuple(
                 heartbeat.QueueBeat(seen.number, seen.waiting, seen.packets - seen.waiting)
-                for seen in counters
-                if seen.number in self.lane.queues
+                for seen in own
             ),
-            queued=sum(
-                seen.packets + seen.dropped for seen in counters if seen.number in self.lane.queues
-            ),
+            untaken=heartbeat.find_untaken(self.lane.queues, (seen.number for seen in own)),
+            queued=sum(seen.packets + seen.dropped for seen in own),
             taken=None
             if self._counters is None or self._counters.pid != process.pid
             else self._counters.packets,

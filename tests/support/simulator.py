@@ -102,13 +102,18 @@ def split_actions(text: str) -> list[str]:
 
 
 class Simulator:
-    """``dead`` are ofports whose BFD is down (fast failover skips buckets that watch them)."""
+    """``dead`` are ofports whose BFD is down (fast failover skips buckets that watch them).
+
+    ``later``: the program that packets meet behind conntrack, as they do while the switch renews its
+    datapath flows one by one after a change: those of before conntrack may stand a while longer.
+    """
 
     def __init__(
         self,
         program: Program,
         conntrack: Conntrack | None = None,
         dead: frozenset[int] = frozenset(),
+        later: Program | None = None,
     ):
         self.tables: dict[int, list[Flow]] = {}
         for flow in program.flows:
@@ -117,6 +122,7 @@ class Simulator:
         self.conntrack = conntrack or Conntrack()
         self.dead = dead
         self.names = {table.number: table.name for table in Table}
+        self.later = None if later is None else Simulator(later, self.conntrack, dead)
 
     def send(self, frame: Frame) -> Journey:
         journey = Journey()
@@ -131,6 +137,11 @@ class Simulator:
         flow = self._find(number, frame, registers, ct)
         if flow is not None:
             self._do(number, flow.actions, frame, registers, ct, journey)
+
+    def _recirculate(
+        self, number: int, frame: Frame, registers: dict[str, int], ct: set[str], journey: Journey
+    ) -> None:
+        (self.later or self)._enter(number, frame, registers, ct, journey)
 
     def _find(
         self, number: int, frame: Frame, registers: dict[str, int], ct: set[str]
@@ -257,7 +268,9 @@ class Simulator:
             elif found := re.fullmatch(r"ct\(table=(\d+),zone=\d+\)", action):
                 # As the switch does: go on in the table with the connection's state.
                 state, mark = self.conntrack.state(frame)
-                self._enter(int(found[1]), frame, {**registers, "ct_mark": mark}, state, journey)
+                self._recirculate(
+                    int(found[1]), frame, {**registers, "ct_mark": mark}, state, journey
+                )
             elif action.startswith("learn("):
                 journey.learned += "table=90," in action
             else:

@@ -16,7 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.inspection.config import build_engine_config, render_engine_config
-from appliance.inspection.heartbeat import STALLED_LIMIT, Beat, QueueBeat, find_hang
+from appliance.inspection.heartbeat import (
+    STALLED_LIMIT,
+    Beat,
+    QueueBeat,
+    find_hang,
+    find_untaken,
+)
 from appliance.inspection.placement import (
     NICE,
     Cores,
@@ -227,6 +233,23 @@ def test_one_thread_of_several_that_hangs_is_a_hang() -> None:
     beats = build_beats(*(((3, 900 + 40 * at), (5, 70)) for at in range(9)))
     assert find_hang(beats) == "queue 1 gave no packet back for 8.0 s while 5 waited"
     assert find_hang(beats[: int(STALLED_LIMIT)]) is None
+
+
+def test_a_queue_that_nobody_takes_from_is_a_hang() -> None:
+    """Also where no packet waits: the kernel drops what it gives to such a queue."""
+    busy = build_beats(*(((3, 900 + 40 * at),) for at in range(9)))
+    beats = [replace(beat, untaken=find_untaken((0, 1), (0,))) for beat in busy]
+    assert find_hang(beats) == "nobody took packets from queue 1 for 8.0 s"
+    assert find_hang(beats[: int(STALLED_LIMIT)]) is None
+    assert find_hang([*beats[:-2], *busy[-2:]]) is None, "taken from since"
+    late = [*busy[:4], *beats[4:]]
+    assert find_hang(late) is None
+
+
+def test_queues_are_not_missed_before_the_engine_took_any() -> None:
+    assert find_untaken((0, 1), ()) == ()
+    assert find_untaken((0, 1), (0, 1)) == ()
+    assert find_untaken((4, 5, 6), (5,)) == (4, 6)
 
 
 def test_queues_that_are_slow_idle_or_bound_anew_are_no_hang() -> None:

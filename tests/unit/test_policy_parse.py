@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -286,6 +287,22 @@ def test_duplicates_of_names_and_vm_ids_are_refused() -> None:
         ("items[4].metadata.name", "items[3] is a Zone of this name too"),
         ("items[6].metadata.name", "items[5] is a SteeringPolicy of this name too"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("allow-34749", "allow-40390"), ("inspect-8786", "inspect-21553")],
+    ids=["names", "fragments"],
+)
+def test_policies_that_the_switch_would_take_for_each_other_are_refused(
+    first: str, second: str
+) -> None:
+    """Their names come to one number, or one's to that of the other's fragments."""
+    policies = [changed(POLICY, "metadata.name", name) for name in (first, second)]
+    (fault,) = find_faults(listed(VM, ZONE, *policies))
+    assert fault.path == "items[3].metadata.name"
+    assert "can't be told apart in the switch" in fault.reason
+    assert {first, second} <= set(re.findall(r"[\w-]+", fault.reason))
 
 
 def test_a_name_that_is_another_vms_id_is_refused() -> None:

@@ -176,6 +176,23 @@ def test_a_vm_that_arrives_changes_its_own_flows_only() -> None:
     assert gone.count("delete") == len(gone.changes) == len(bundle.changes)
 
 
+def test_two_policies_of_one_number_are_never_sent() -> None:
+    """OVS 3.1 takes the way of the higher one's verdict, though only the lower one's clauses are met."""
+    policies = build_crowd(20, 2)
+    names = "allow-34749", "allow-40390"
+    twins = tuple(
+        replace(policy, name=name, priority=priority)
+        for policy, name, priority in zip(policies.policies, names, (20, 10), strict=True)
+    )
+    program = compile_crowd(replace(policies, policies=twins), 20)
+    checker = Checker()
+    for _ in range(2):
+        assert any("one conjunction" in one for one in checker.check(program, LANES, CANARY))
+    assert checker.check(compile_crowd(policies, 20), LANES, CANARY) == ()
+    higher = replace(policies, policies=(replace(twins[0], priority=30), policies.policies[1]))
+    assert checker.check(compile_crowd(higher, 20), LANES, CANARY) == (), "at another priority"
+
+
 def test_the_check_follows_changes() -> None:
     """What is wrong is found in a piece that changed, and still the next time."""
     policies = build_crowd(300, 50)

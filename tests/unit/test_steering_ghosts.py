@@ -164,4 +164,4 @@ def test_drops_of_ghosts_are_counted() -> None:
     program = build(PolicySet(), (), (Port("", 0, PORTS[4].mac, "", "", ""),))
     flows = [(flow.key, flow.cookie, 2, 120) for flow in program.flows]
     counters = build_counters(find_tallies(flows, [], PolicySet(), LANES), PolicySet(), LANES)
-    assert counters.ghosts == Count(4, 240), "from it, and to it"
+    assert counters.ghosts == Count(8, 480), "from it, and to it, before conntrack and behind"

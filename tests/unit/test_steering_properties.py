@@ -13,10 +13,21 @@ from steering.decide import Connection, decide, resolve_machines
 from steering.diff import build_bundle, build_present
 from steering.explain import explain
 from steering.flows import Present, Program
-from steering.model import Deny, Family, Inspect, OnFailure, PolicySet, Profile, Protocol
+from steering.model import (
+    Deny,
+    Family,
+    Inspect,
+    OnFailure,
+    Peer,
+    Policy,
+    PolicySet,
+    Profile,
+    Protocol,
+    Service,
+)
 from steering.pipeline import CookieKind, build_group_id, build_steer_key
 from tests.support.simulator import Conntrack, Frame, Simulator
-from tests.support.worlds import CANARY, LANES, build_port, policy_sets
+from tests.support.worlds import CANARY, LANES, build_port, build_record, policy_sets
 
 PORTS = tuple(build_port(number) for number in range(1, 7))
 LEGS = {leg.ofport for lane in LANES for leg in (lane.leg_a, lane.leg_b)}
@@ -90,6 +101,23 @@ def test_the_switch_does_what_the_policies_say(
             assert there.normal
             assert back.normal
             assert there.outputs == back.outputs == []
+
+
+def test_a_vm_keeps_its_policies_though_its_name_comes_as_anothers_vm_id() -> None:
+    """What ports carry as vm-id is nobody's document, and may be any text."""
+    inspect = Policy(
+        "inspect", 10, (Peer(vm="host-1"),), (Peer(vm="vm-2"),), (Service(),), tuple(Family),
+        Inspect(Profile.PREVENT, OnFailure.CLOSED),
+    )  # fmt: skip
+    policies = PolicySet(tuple(build_record(n) for n in (1, 2)), (), (inspect,))
+    ports = (*PORTS[:2], replace(PORTS[2], vm_id="host-1"))
+    machines = resolve_machines(policies, ports)
+    simulator = Simulator(compile_program(policies, machines, LANES))
+    for vm_id, number in (("vm-1", 1), ("host-1", 3)):
+        asked = Connection(Family.IPV4, Protocol.TCP, 80, 40_000)
+        assert decide(policies, machines, vm_id, "vm-2", asked).policy == inspect
+        there = simulator.send(build_first([number, 2], Protocol.TCP, Family.IPV4, 80))
+        assert there.outputs == [(LANES[0].leg_a.ofport, LANES[0].vlan)]
 
 
 @many

@@ -96,3 +96,14 @@ def test_decision_coverage_and_explanation_say_so() -> None:
     told = explain(SHUT, machines, LANES, "host-1", "host-2", TCP)
     assert told.verdict is Verdict.DENIED
     assert [str(step) for step in told.forward] == ["CLASSIFY (dropped: quarantine)"]
+
+
+def test_a_quarantined_vm_whose_port_goes_stays_shut_off_by_its_mac() -> None:
+    """Though no policy names it: by another port it would be back before its flows are."""
+    gone, rest = PORTS[2], tuple(port for port in PORTS if port != PORTS[2])
+    shut = replace(POLICIES, quarantined=frozenset({"vm-3"}))
+    for policies, is_shut in ((shut, True), (POLICIES, False)):
+        machines = resolve_machines(policies, rest)
+        program = compile_program(policies, machines, LANES, ghosts=(replace(gone, ofport=0),))
+        back = find_reached(program, {"in_port": "9", "dl_src": gone.mac, "vlan_tci": "0"})
+        assert (Table.DIRECT in back.tables) is not is_shut
