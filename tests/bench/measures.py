@@ -63,6 +63,7 @@ def _move(stage: Stage, path: Path, vm: str, seconds: float) -> Transfer:
     except HairpinError as fault:
         if path not in PEERS:
             raise
+        stage.check_engine(path)
         stage.say(f"    {path} moved nothing: {fault.reason}")
         return Transfer(rate=NOTHING, cpu=0.0, retransmits=0)
 

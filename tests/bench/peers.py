@@ -1,6 +1,7 @@
 """The peers, set up on the bench's own switch: what an engineer would build without Hairpin.
 
-Both run the same engine, by the product's own configuration and rules, and get their traffic by two flows.
+Both run the same engine, by the product's own configuration and rules (`build_peer_rules`), and get their
+traffic by two flows.
 *Stock NFQUEUE*: the same bridge and queue, without super-packets: the kernel cuts packets before the queue.
 *AF_PACKET IPS*: the engine copies frames between two ports itself, as Antrea's L7 engine is configured; it
 needs offloads off at its ports. Both are as urgent as the product's engine, and placed by the same function.
@@ -9,6 +10,7 @@ needs offloads off at its ports. Both are as urgent as the product's engine, and
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from appliance.inspection.process import read_cores, write_group_nice
 from appliance.lab import LabState
 from appliance.lab.hypervisor import widen_sockets
 from appliance.lab.plan import VM_MTU
+from appliance.rules.shortcut import SHORTCUT_KEYS
 from appliance.settings import Settings, parse_settings
 from steering.errors import HairpinError
 from steering.run import run
@@ -30,6 +33,8 @@ from tests.support.inspection_lane import LaneLab, wait_for
 
 LEGS = ("a", "b")
 OFFLOADS = ("rx", "tx", "sg", "tso", "gso", "gro")
+_SID = re.compile(r"\bsid:\s*(\d+)\s*;")
+_MARK = re.compile(r"\s*nfq_set_mark:[^;]*;")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,8 @@ def render_af_packet(ports: PeerPorts) -> str:
             "threads": 1,
             "cluster-id": 90 + number,
             "cluster-type": "cluster_flow",
-            "defrag": True,
+            # The engine's own advice for inline use; with one thread no packets are shared out anyway.
+            "defrag": False,
             "use-mmap": True,
             "tpacket-v3": False,
             "ring-size": 20_000,
@@ -128,6 +134,22 @@ def render_af_packet(ports: PeerPorts) -> str:
         for number, (entry, leave) in enumerate(pairs)
     ]
     return yaml.safe_dump({"af-packet": entries}, sort_keys=False)
+
+
+def build_peer_rules(text: str) -> str:
+    """The product's rules without those of its shortcut, and no rule with `nfq_set_mark`.
+
+    A peer has nobody who acts on the marks. More than that, the keyword writes into the packet's variables of
+    NFQUEUE, whatever packet it is, and those of AF_PACKET lie in the same place (Suricata 7.0.10, a union
+    of `Packet`): from the first megabyte on, the engine sent a connection's packets back by the port they
+    came from, or died of it.
+    """
+    kept = []
+    for line in text.splitlines():
+        sid = _SID.search(line)
+        if sid is None or f"1:{sid[1]}" not in SHORTCUT_KEYS:
+            kept.append(_MARK.sub("", line))
+    return "\n".join(kept) + "\n"
 
 
 @dataclass
@@ -145,6 +167,10 @@ class StockPeer:
         self.lane.start()
         count = count_rules(rules)
         wait_for(lambda: (state := self.lane.lane()) and state.rules_loaded > count // 2, seconds)
+
+    def find_end(self) -> int | None:
+        """The status with which it ended, unless it runs."""
+        return None if self.lane.inspect is None else self.lane.inspect.poll()
 
     def stop(self) -> None:
         if self.lane.inspect is not None and self.lane.inspect.poll() is None:
@@ -189,6 +215,10 @@ class AfPacketPeer:
         if refused := write_group_nice(self.process.pid, placement.nice):
             raise HairpinError(f"the AF_PACKET engine is not as urgent as the others: {refused}")
         wait_for(lambda: b"Engine started" in log.read_bytes(), seconds)
+
+    def find_end(self) -> int | None:
+        """The status with which it ended, unless it runs."""
+        return None if self.process is None else self.process.poll()
 
     def stop(self) -> None:
         if self.process is None:

@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 
 from appliance import lab as the_lab
 from steering.run import run
-from tests.bench.peers import Peers, count_rules, standing
+from tests.bench.peers import Peers, build_peer_rules, count_rules, standing
 from tests.bench.rows import Path
 from tests.bench.traffic import PORTS, SOURCE, BenchError, Idle, measure_idle, start_servers
 from tests.support.appliance import Appliance, build_base, build_policy, inspect
@@ -29,7 +29,7 @@ SHORTCUT_TARGET = "db-2"
 
 
 class Stage:
-    """A lab with the product and both peers. `load` gives all three engines the same rules."""
+    """A lab with the product and both peers. Loading gives all three engines the same rules."""
 
     def __init__(self, appliance: Appliance, peers: Peers, say: Callable[[str], None]) -> None:
         self.appliance = appliance
@@ -50,13 +50,20 @@ class Stage:
             raise BenchError(f"rules update: {done.stderr[-300:]}")
         self._load_peers()
 
+    def check_engine(self, path: Path) -> None:
+        """Raises BenchError when a peer's engine is no more: no figure of that path says anything then."""
+        for one, peer in zip((Path.STOCK, Path.AF_PACKET), self.peers, strict=True):
+            if one is path and (status := peer.find_end()) is not None:
+                raise BenchError(f"{path}: the engine ended by itself, status {status}")
+
     def _load_peers(self) -> None:
         settings = self.appliance.lab.settings
         text = settings.ruleset(settings.build_lanes()[0]).read_text()
         self.rules = count_rules(text)
+        theirs = build_peer_rules(text)
         for peer in self.peers:
-            self.say(f"loading {self.rules} rules into {type(peer).__name__}")
-            peer.load(text)
+            self.say(f"loading {count_rules(theirs)} rules into {type(peer).__name__}")
+            peer.load(theirs)
         if not wait_until(lambda: self.appliance.is_forwarding("prevent"), 60):
             raise BenchError("the lane does not come up")
         self.idle = measure_idle()
