@@ -43,7 +43,7 @@ from tests.support.rule_pipelines import (
     write_feed,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 STARTERS = 42
 LOADED = STARTERS + 1  # and the canary's own
