@@ -27,7 +27,7 @@ check: setup  ## style, types and the arrows between rooms
 	$(BIN)/lint-imports
 
 # By file, and not sorted by the number of tests: the longest begin first (tests/conftest.py).
-SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
 
 test: check  ## all the checks and all the tests, those in the lab too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab or side_by_side' $(PYTEST_ARGS)

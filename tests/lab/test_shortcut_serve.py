@@ -33,7 +33,7 @@ from tests.support.shortcut_world import (
 )
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
+pytestmark = pytest.mark.lab
 
 PORT = 8479
 
