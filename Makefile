@@ -26,11 +26,15 @@ check: setup  ## style, types and the arrows between rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# By file, and not sorted by the number of tests: the longest begin first (tests/conftest.py).
+SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
+
 test: check  ## all the checks and all the tests, those in the lab too
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab or side_by_side' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'lab and not side_by_side' $(PYTEST_ARGS)
 
 test-unit: setup  ## the tests that need no lab
-	$(BIN)/python -m pytest -m 'not lab' tests/unit tests/golden $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab' tests/unit tests/golden $(PYTEST_ARGS)
 
 chaos: setup  ## faults on real parts, each with its figures (half an hour): build/chaos.json
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)

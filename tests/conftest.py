@@ -9,6 +9,8 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["tests.support.reruns"]
+
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 # A run in the background of a script ignores Ctrl-C, and so would every program it starts.
@@ -26,12 +28,20 @@ settings.register_profile(
 settings.load_profile("hairpin")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs no lab runs first: it is quick, and tells of a fault sooner. Else the order stays.
 
-    A lab test that fails is run once more, and the summary names it (RERUN): see docs/decisions.md.
+    Side by side (pytest-xdist) what takes longest begins first, or it would be waited for in the end.
+    A lab test that fails is run once more, and the summary tells why (RERUN): see docs/decisions.md.
     """
-    items.sort(key=lambda item: item.get_closest_marker("lab") is not None)
+    several = hasattr(config, "workerinput")
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("side_by_side") is not None:
+            return 0 if several else 2
+        return 3 if item.get_closest_marker("lab") is not None else 1
+
+    items.sort(key=place)
     for item in items:
         if item.get_closest_marker("lab") is not None:
             item.add_marker(pytest.mark.flaky(reruns=1))

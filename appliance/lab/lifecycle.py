@@ -262,7 +262,8 @@ def _take_down(name: str, state: LabState | None) -> None:
         write_state(replace(state, phase=STOPPING))
     found = network.find_namespaces(f"hp-{name}-")
     recorded = [] if state is None else [(one.pid, one.started) for one in state.processes]
-    for number, seconds in ((signal.SIGTERM, 5.0), *((signal.SIGKILL, 2.0),) * 5):
+    # An engine takes two seconds to put its files in order, which go next.
+    for number, seconds in ((signal.SIGTERM, 1.0), *((signal.SIGKILL, 2.0),) * 5):
         left = processes.find_lab_processes(name, found, recorded)
         for pid, started in left.items():
             processes.send_signal(pid, started, number)

@@ -19,7 +19,6 @@ from appliance.lab.hypervisor import find_forwarding_legs, record_process
 from appliance.lab.plan import LabState, ProcessRecord, render_settings
 from appliance.lab.store import write_state
 from steering.errors import HairpinError
-from steering.run import run
 
 USER = "hairpin"
 INSPECT = "inspect"
@@ -90,12 +89,6 @@ def build_service_argv(state: LabState, role: str) -> list[str]:
     raise ValueError(f"no such role: {role}")
 
 
-def has_command(name: str) -> bool:
-    """Whether the program knows the subcommand."""
-    argv = [sys.executable, "-m", "appliance.cli", name, "--help"]
-    return run(argv, env=build_env(), check=False).status == 0
-
-
 def build_env() -> dict[str, str]:
     root = Path(appliance.__file__).resolve().parent.parent
     return {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -120,9 +113,6 @@ def start_service(state: LabState, role: str) -> LabState:
 def start_services(state: LabState, progress: Progress) -> LabState:
     """Start everything of Hairpin in this lab; does not wait until it is ready."""
     for role in ROLES:
-        if role == OBSERVE and not has_command(role):
-            progress("this version has no `observe`: no flow records")
-            continue
         progress(f"starting hairpin {role}")
         state = start_service(state, role)
     return state

@@ -13,6 +13,7 @@ MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -m tests.support.full
 
 
 @pytest.mark.lab
+@pytest.mark.side_by_side
 def test_a_full_disk_at_a_roll_delays_alerts_and_loses_none(tmp_path: Path) -> None:
     small, other = tmp_path / "small", tmp_path / "other"
     small.mkdir()

@@ -47,6 +47,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 @pytest.mark.lab
+@pytest.mark.side_by_side
 @pytest.mark.slow
 def test_kills_of_both_sides_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     directory, database = tmp_path / "prevent", tmp_path / "hairpin.db"
@@ -55,6 +56,7 @@ def test_kills_of_both_sides_lose_nothing_and_double_nothing(tmp_path: Path) -> 
     reader, writer = start("ingest", directory, database), start("write", directory)
     rotations = 0
     try:
+        wait_for(numbers.exists, 60, "nothing was ever written")
         for _ in range(ROUNDS):
             time.sleep(random.uniform(0.9, 1.6))
             for side in random.sample(("reader", "writer"), 2):

@@ -71,6 +71,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.lab
+@pytest.mark.side_by_side
 @pytest.mark.slow
 async def test_rotation_under_a_running_engine(tmp_path: Path, namespaces: tuple[str, str]) -> None:
     sender, listener = namespaces

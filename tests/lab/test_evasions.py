@@ -7,8 +7,6 @@ arrives there with the exploit in it is what a target takes, and must arrive whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.support import evasion_tools as tools
@@ -28,9 +26,8 @@ INSPECTED = (tools.HTTP_ONLY, tools.ALL_IP)
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with tools.standing_lab() as appliance, tools.standing_evasions(appliance) as stage:
-        yield stage
+def stage(evasions: Stage) -> Stage:
+    return evasions
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -25,9 +24,8 @@ SHELLSHOCK = ("-A", "() { :; }; /bin/bash -c id", "-m", "1.2")
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with tools.standing_lab() as appliance, tools.standing_evasions(appliance) as stage:
-        yield stage
+def stage(evasions: Stage) -> Stage:
+    return evasions
 
 
 def appctl(stage: Stage, *args: str) -> str:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from tests.support import evasion_tools as tools
 from tests.support.evasion_tools import ALL_IP, ATTACKER, CONTROL, MARK, NO_MARK, Stage
 from tests.support.lab import run_in_vm, wait_until
 from tests.support.wire_witness import watching
@@ -62,9 +60,8 @@ IPV6_TOOLS = {
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with tools.standing_lab() as appliance, tools.standing_evasions(appliance) as stage:
-        yield stage
+def stage(evasions: Stage) -> Stage:
+    return evasions
 
 
 def send_with_hping(stage: Stage, target: str, mark: str, name: str) -> str:

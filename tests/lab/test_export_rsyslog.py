@@ -24,7 +24,7 @@ from tests.support.eve import render_eve
 from tests.support.export import Alerts
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 TLS_MODULE = """StreamDriver.Name="gtls" StreamDriver.Mode="1"
     StreamDriver.AuthMode="x509/name" PermittedPeer=["appliance.example"]"""

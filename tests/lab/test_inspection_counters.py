@@ -27,7 +27,7 @@ from tests.support.inspection_lane import (
     wait_for,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 DROPPED_WORD = b"NEVER-ARRIVES"
 RULE = (

@@ -57,7 +57,7 @@ from tests.support.inspection_lane import (
     wait_for,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 
 def find_group(user: str) -> int:

@@ -33,7 +33,7 @@ from tests.support.inspection_lane import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side, pytest.mark.timeout(180)]
 
 PAIRS = tuple(range(11, 23))
 """Last parts of the sender's addresses: 12 pairs are all in one queue once in 2,048 starts."""

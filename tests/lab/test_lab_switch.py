@@ -151,8 +151,9 @@ def test_the_mirror_shows_each_frame_once(bare_lab: LabState) -> None:
 def test_a_vm_comes_moves_takes_an_address_and_goes(bare_lab: LabState) -> None:
     state = the_lab.add_vm(bare_lab, "extra")
     added = state.vm("extra")
-    assert reaches(state, "web-1", added.address4)
-    assert reaches(state, "web-1", added.address6)
+    # The switch has said that the port is there; a busy machine may lose the first ping all the same.
+    assert wait_until(lambda: reaches(state, "web-1", added.address4), 5)
+    assert wait_until(lambda: reaches(state, "web-1", added.address6), 5)
     assert the_lab.find_ofport(state, added) == added.ofport
     mirror = run(state.vsctl_argv(["get", "Mirror", "hairpin-observe", "select_src_port"])).stdout
     assert mirror.count(",") == len(bare_lab.vms)
@@ -160,15 +161,16 @@ def test_a_vm_comes_moves_takes_an_address_and_goes(bare_lab: LabState) -> None:
     state = the_lab.move_vm(state, "extra")
     assert the_lab.find_ofport(state, "extra") == state.vm("extra").ofport != added.ofport
     assert state.vm("extra").vm_id == added.vm_id
-    assert reaches(state, "web-1", added.address4)
+    assert wait_until(lambda: reaches(state, "web-1", added.address4), 5)
 
     state = the_lab.change_address(state, "extra", "10.77.0.200")
-    assert reaches(state, "web-1", "10.77.0.200")
+    assert wait_until(lambda: reaches(state, "web-1", "10.77.0.200"), 5)
     assert not reaches(state, "web-1", added.address4)
 
     state, role = the_lab.start_in_vm(state, "extra", ["sleep", "600"])
     pid, _started = the_lab.find_process(state, role)
-    assert find_pids_in([added.netns]) == [pid]
+    # `ip netns exec` has been started, and enters the namespace a moment later.
+    assert wait_until(lambda: find_pids_in([added.netns]) == [pid])
     state = the_lab.remove_vm(state, "extra")
     assert not os.path.exists(f"/proc/{pid}")
     assert not os.path.exists(f"/run/netns/{added.netns}")

@@ -90,9 +90,9 @@ def set_links(appliance: Appliance, cell: Cell) -> None:
     for netns, device, mtu, named in links:
         inside = ["ip", "netns", "exec", netns]
         run([*inside, "ip", "link", "set", device, "mtu", str(mtu)])
-        for name in FEATURES:
-            on = name in (cell.on if cell.on and named else USUAL)
-            run([*inside, "ethtool", "-K", device, name, "on" if on else "off"], check=False)
+        wanted = cell.on if cell.on and named else USUAL
+        said = [word for name in FEATURES for word in (name, "on" if name in wanted else "off")]
+        run([*inside, "ethtool", "-K", device, *said], check=False)
 
 
 def measure(appliance: Appliance, cell: Cell) -> dict[tuple[str, int], Result]:

@@ -11,7 +11,12 @@ import pytest
 from steering.model import Profile
 from tests.support.rule_pipelines import ROOT, build_pipeline, source
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.side_by_side,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
 
 SHARED = Path(os.environ.get("HAIRPIN_SHARED", ROOT.parent / "shared"))
 FEED = SHARED / "data/rules/emerging.rules.tar.gz"

@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -43,7 +42,7 @@ from tests.support.rule_pipelines import (
     write_feed,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 STARTERS = 42
 LOADED = STARTERS + 1  # and the canary's own
@@ -63,28 +62,6 @@ def read_ruleset(directory: Path, profile: Profile) -> list[str]:
 
 def find_left_out(report: UpdateReport) -> dict[int | None, LeftOut]:
     return {one.sid: one for one in report.profiles[0].left_out}
-
-
-async def test_the_first_start_needs_nothing_but_the_starter_rules(tmp_path: Path) -> None:
-    pipeline = build_pipeline(tmp_path)
-    started = time.monotonic()
-    await pipeline.ensure()
-    assert time.monotonic() - started < 3
-    actions = [line.split()[0] for line in read_ruleset(tmp_path, Profile.PREVENT)]
-    assert actions == ["drop"] * LOADED
-    actions = [line.split()[0] for line in read_ruleset(tmp_path, Profile.DETECT)]
-    assert actions == ["alert"] * STARTERS + ["drop"]
-    prevent, detect = pipeline.read_state().profiles
-    assert prevent.report is not None
-    assert (prevent.report.loaded, prevent.report.drops) == (LOADED, STARTERS)
-    assert detect.report is not None
-    assert detect.report.drops == 0
-    assert set(detect.report.keys) == {STARTER}
-    files = [path for path in (tmp_path / "rules").rglob("*") if path.is_file()]
-    assert all(path.stat().st_mode & 0o777 == 0o644 for path in files if path.name != ".lock")
-    before = read_link(tmp_path, Profile.PREVENT)
-    await pipeline.ensure()
-    assert read_link(tmp_path, Profile.PREVENT) == before
 
 
 async def test_a_feed_beside_the_starter_rules(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.support.rule_pipelines import (
     write_feed,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 
 async def test_a_lane_with_a_third_leg_has_the_shortcuts_rules_and_they_load(

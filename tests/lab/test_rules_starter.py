@@ -15,7 +15,7 @@ from tests.lab.rule_samples import EXPLOITS, NEAR_MISSES, build_connections
 from tests.support.rule_flows import FIRST_PORT, find_alerts
 from tests.support.rule_pipelines import ENGINE_DATA, build_pipeline, build_settings
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 CONNECTIONS = build_connections()
 FAMILIES = ("IPv4", "IPv6")

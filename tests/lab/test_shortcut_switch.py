@@ -37,7 +37,7 @@ from steering.switch.openflow import OpenFlowSwitch
 from tests.support.dummy_switch import DummySwitch, open_dummy_switch
 from tests.support.worlds import THREE_LEGGED, build_port, build_record
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 A, B, OTHER = (build_port(number) for number in (1, 2, 3))
 LANE = THREE_LEGGED[0]

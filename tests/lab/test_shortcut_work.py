@@ -37,7 +37,7 @@ from tests.support.shortcut_world import (
 )
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 KEY = ("backup", Trigger.ONE_MEGABYTE)
 FRAME = len(build_segment(1, 2, 40_000, 873))

@@ -32,6 +32,7 @@ from steering.run import run
 
 pytestmark = [
     pytest.mark.lab,
+    pytest.mark.side_by_side,
     pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: needs root"),
 ]
 

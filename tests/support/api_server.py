@@ -41,7 +41,7 @@ def run_api(
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    if not started.wait(10):
+    if not started.wait(60):
         raise RuntimeError("the API did not start")
     loop, stop = loops[0]
     try:

@@ -191,9 +191,33 @@ def standing_lab() -> Iterator[Appliance]:
         try:
             overrides = build_overrides(Path(directory) / "rules")
             appliance = Appliance(the_lab.bring_up(name, 6, overrides=overrides), Path(directory))
-            done = appliance.cli("rules", "update", "--json", timeout=120)
+            done = appliance.cli("rules", "update", "--json", timeout=300)
             assert done.status == 0, done.stdout + done.stderr
             assert wait_until(lambda: appliance.is_forwarding("prevent"))
             yield appliance
         finally:
             the_lab.take_down(name)
+
+
+class SharedLab:
+    """One `standing_lab` for modules that follow each other; it comes up with the first of them."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._appliance: Appliance | None = None
+        self._stages = 0
+
+    @contextlib.contextmanager
+    def open_stage(self) -> Iterator[Stage]:
+        """`standing_evasions` with files of its own."""
+        if self._appliance is None:
+            self._appliance = self._stack.enter_context(standing_lab())
+        self._stages += 1
+        directory = self._appliance.directory / f"stage-{self._stages}"
+        directory.mkdir(mode=0o755)
+        with standing_evasions(Appliance(self._appliance.lab, directory)) as stage:
+            yield stage
+
+    def close(self) -> None:
+        self._appliance = None
+        self._stack.close()

@@ -83,6 +83,14 @@ def bare_lab() -> Iterator[LabState]:
     yield from _stand(build_name("b"), 4, False)
 
 
+def is_last_user(request: pytest.FixtureRequest) -> bool:
+    """Whether the module after that of a fixture does not use the fixture: what it shares may go."""
+    items: list[pytest.Item] = request.session.items
+    last = max(n for n, one in enumerate(items) if one.path == request.path)
+    after = items[last + 1 : last + 2]
+    return not any(request.fixturename in getattr(one, "fixturenames", ()) for one in after)
+
+
 def run_in_vm(state: LabState, vm: str, *argv: str, timeout: float = 20.0) -> Finished:
     """Run a command inside a VM; its status is for the caller to look at."""
     return run(state.netns_argv(vm, argv), check=False, timeout=timeout)
