@@ -2,7 +2,8 @@
 # Builds the image of the service VM into image-build/out: raw disk, qcow2, manifest, SBOM, SHA256SUMS.
 #
 # As root, without loop devices. Environment: KEY, CERT (PEM: sign with these; else keys of this machine's own, made
-# once in image-build/keys), VERSION (of the image; else the program's), OUT (the directory), TOOLS=new (newest tools).
+# once in image-build/keys), VERSION (of the image; else the program's), OUT (the directory), TOOLS=new (newest tools),
+# FAST=1 (while working on it: the packages of the last such build, so not for a release).
 
 set -euo pipefail
 TOOLS_ANEW=${TOOLS:-}
@@ -94,12 +95,13 @@ stage_source() {
 build() {
     local work=$CACHE/work
     rm -rf "$work"
-    mkdir -p "$work" "$CACHE/packages" "$OUT"
+    mkdir -p "$work" "$CACHE/packages" "$CACHE/images" "$OUT"
     run_in_tools "$HERE" "$CACHE" "$OUT" "${KEY%/*}" "${CERT%/*}" -- \
         env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root TMPDIR=/tmp \
         SOURCE_DATE_EPOCH="$EPOCH" \
         mkosi --directory "$HERE" --force --image-version "$VERSION" \
         --output-directory "$OUT" --workspace-directory "$work" --package-cache-dir "$CACHE/packages" \
+        ${FAST:+--incremental=yes --cache-directory="$CACHE/images"} \
         --sandbox-tree "$CACHE/sandbox" --build-sources "$CACHE/stage:" \
         --package "suricata/$ENGINE_SUITE" \
         --environment "ENGINE_FLOOR=$ENGINE_FLOOR" --environment "IMAGE_COMMIT=$COMMIT" \
@@ -107,6 +109,22 @@ build() {
         --secure-boot-key "$KEY" --secure-boot-certificate "$CERT" \
         --verity-key "$KEY" --verity-certificate "$CERT" \
         build || fail "mkosi failed" "see what it said above"
+}
+
+# Beside the disk: the same as qcow2, a bill of materials (CycloneDX), checksums.
+write_outputs() {
+    local name=hairpin_$VERSION
+    run_in_tools "$HERE" "$OUT" -- /bin/bash -euc '
+        cd "$1"
+        name=$2
+        qemu-img convert -m 1 -c -f raw -O qcow2 -o compression_type=zstd "$name.raw" "$name.qcow2"
+        jq -S --null-input --slurpfile debian "$name.manifest" --slurpfile python python.json \
+            --arg name "$name" --arg version "$3" --arg commit "$4" --argjson epoch "$5" -f "$6" >"$name.cdx.json"
+        rm -f python.json "$name" "$name.vmlinuz" "$name.initrd"' \
+        bash "$OUT" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
+        fail "the outputs can't be written" "see what was said above; is the disk full?"
+    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,cdx.json} >SHA256SUMS)
+    chmod 0644 "$OUT"/*
 }
 
 main_build() {
@@ -123,7 +141,8 @@ main_build() {
     stage_source
     say "building hairpin $VERSION from $COMMIT"
     build
+    write_outputs
     say "done: $OUT"
 }
 
-main_build "$@"
+{ main_build "$@"; exit; }
