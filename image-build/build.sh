@@ -145,4 +145,8 @@ main_build() {
     say "done: $OUT"
 }
 
-{ main_build "$@"; exit; }
+# Sourced by the tests, it only declares.
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    main_build "$@"
+    exit
+fi

@@ -30,7 +30,9 @@ PROBE_SECONDS = 20.0
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.1
 # Colours, cursor movements and window titles of a console (ECMA-48).
-_ESCAPES = re.compile(r"\x1b(\[[0-9;?=]*[A-Za-z]|\][^\x07\x1b]*(\x07|\x1b\\)|[()][A-Z0-9]|[=>78cM])")
+_ESCAPES = re.compile(
+    r"\x1b(\[[0-9;?=]*[A-Za-z]|\][^\x07\x1b]*(\x07|\x1b\\)|[()][A-Z0-9]|[=>78cM])"
+)
 
 
 class VmFault(AssertionError):
@@ -121,11 +123,16 @@ def build_argv(spec: VmSpec, *, kvm: bool) -> list[str]:
         "-qmp", f"unix:{_escape(str(at / 'qmp.sock'))},server=on,wait=off",
     ]  # fmt: skip
     for number, drive in enumerate(spec.drives):
-        argv += ["-drive", f"if=none,id=more{number},format=raw,readonly=on,file={_escape(str(drive))}"]
+        argv += [
+            "-drive",
+            f"if=none,id=more{number},format=raw,readonly=on,file={_escape(str(drive))}",
+        ]
         argv += ["-device", f"virtio-blk-pci,drive=more{number}"]
     for number, nic in enumerate(spec.nics):
         argv += ["-netdev", _add_id(nic.netdev, f"net{number}")]
-        card = ",".join(filter(None, (f"{nic.device},netdev=net{number},mac={nic.mac},romfile=", nic.options)))
+        card = ",".join(
+            filter(None, (f"{nic.device},netdev=net{number},mac={nic.mac},romfile=", nic.options))
+        )
         argv += ["-device", card]
     for name, value in spec.credentials.items():
         coded = base64.b64encode(value.encode()).decode()
@@ -227,7 +234,10 @@ class Vm:
             link.connect(str(self.spec.directory / "qmp.sock"))
             with link.makefile("rw", encoding="utf-8") as stream:
                 stream.readline()
-                for request in ({"execute": "qmp_capabilities"}, {"execute": name, "arguments": arguments}):
+                for request in (
+                    {"execute": "qmp_capabilities"},
+                    {"execute": name, "arguments": arguments},
+                ):
                     stream.write(json.dumps(request) + "\n")
                     stream.flush()
                     while "event" in (answer := json.loads(stream.readline())):
@@ -274,8 +284,14 @@ def can_use_kvm() -> bool:
         return False
     argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,smm=off"]
     argv += ["-accel", "kvm", "-cpu", "host", "-m", "256", "-no-reboot", "-serial", "stdio"]
-    argv += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE / 'OVMF_CODE_4M.fd'}"]
-    argv += ["-drive", f"if=pflash,format=raw,unit=1,snapshot=on,file={FIRMWARE / 'OVMF_VARS_4M.fd'}"]
+    argv += [
+        "-drive",
+        f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE / 'OVMF_CODE_4M.fd'}",
+    ]
+    argv += [
+        "-drive",
+        f"if=pflash,format=raw,unit=1,snapshot=on,file={FIRMWARE / 'OVMF_VARS_4M.fd'}",
+    ]
     with subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as probe:
