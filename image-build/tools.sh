@@ -81,8 +81,10 @@ run_in_tools() {
             [ ! -e "$file" ] || { touch "$tools$file" && mount --bind "$file" "$tools$file"; }
         done
         while [ "$count" -gt 0 ]; do
-            if [ -d "$1" ]; then mkdir -p "$tools$1"; else mkdir -p "$tools${1%/*}" && touch "$tools$1"; fi
-            mount --bind "$1" "$tools$1"
+            if [ "$1" -ef "$tools$1" ]; then
+                : # seen already, and files can be renamed from there to here
+            elif [ -d "$1" ]; then mkdir -p "$tools$1"; else mkdir -p "$tools${1%/*}" && touch "$tools$1"; fi
+            [ "$1" -ef "$tools$1" ] || mount --bind "$1" "$tools$1"
             shift
             count=$((count - 1))
         done

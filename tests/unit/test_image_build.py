@@ -66,7 +66,8 @@ def test_no_mirror_is_named() -> None:
 
 
 def test_development_keys_are_made_once_for_root_alone(tmp_path: Path) -> None:
-    script = f'HERE="{tmp_path}"; make_keys; sha256sum "$KEY" "$CERT"; unset KEY CERT; make_keys; sha256sum "$KEY" "$CERT"'
+    once = 'unset KEY CERT; make_keys; sha256sum "$KEY" "$CERT"'
+    script = f'HERE="{tmp_path}"; {once}; {once}'
     done = run_shell(script, KEY="", CERT="")
     assert done.returncode == 0, done.stderr
     sums = [line for line in done.stdout.splitlines() if not line.startswith("image:")]
