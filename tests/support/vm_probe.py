@@ -6,6 +6,7 @@ probe prints comes on the console between two marks.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 
 from tests.support.qemu import Vm
@@ -18,7 +19,9 @@ def build_probe(name: str, script: str, *, after: str = "multi-user.target") -> 
     """Credentials of a VM that runs ``script`` (sh) as root once ``after`` is there."""
     unit = f"hairpin-test-{name}.service"
     lines = " ; ".join(line.strip() for line in script.strip().splitlines())
-    command = f"echo '{BEGIN.format(name)}' ; {lines} ; echo '{END.format(name)}'".replace("%", "%%")
+    command = f"echo '{BEGIN.format(name)}' ; {lines} ; echo '{END.format(name)}'".replace(
+        "%", "%%"
+    )
     escaped = command.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
     return {
         f"systemd.extra-unit.{unit}": (
@@ -37,6 +40,4 @@ def read_probe(vm: Vm, name: str, seconds: float) -> str:
 
 def write_file(path: str, text: str, *, mode: str = "0640", owner: str = "root hairpin") -> str:
     """A line for the credential `tmpfiles.extra`: a file that is there before any unit of ours starts."""
-    import base64
-
     return f"f~ {path} {mode} {owner} - {base64.b64encode(text.encode()).decode()}\n"
