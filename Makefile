@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-find-links
 
-.PHONY: help setup demo test test-unit check chaos chaos-quick bench bench-quick lock clean
+IMAGE_OPTIONS := KEY CERT VERSION OUT TOOLS
+
+.PHONY: help setup demo test test-unit test-vm image check chaos chaos-quick bench bench-quick lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -29,12 +31,19 @@ check: setup  ## style, types and the arrows between rooms
 # By file, and not sorted by the number of tests: the longest begin first (tests/conftest.py).
 SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
 
-test: check  ## all the checks and all the tests, those in the lab too
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab or side_by_side' $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m 'lab and not side_by_side' $(PYTEST_ARGS)
+test: check  ## all the checks and all the tests, those in the lab too, but not those of the image
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m '(not lab or side_by_side) and not vm' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'lab and not side_by_side and not vm' $(PYTEST_ARGS)
 
 test-unit: setup  ## the tests that need no lab
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab' tests/unit tests/golden $(PYTEST_ARGS)
+
+image:  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
+	@image-build/setup-image.sh
+	@$(foreach name,$(IMAGE_OPTIONS),$(if $($(name)),$(name)="$($(name))")) image-build/build.sh
+
+test-vm: setup image  ## the tests of the image, built and booted under QEMU
+	$(BIN)/python -m pytest -m vm tests/vm $(PYTEST_ARGS)
 
 chaos: setup  ## faults on real parts, each with its figures (half an hour): build/chaos.json
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)

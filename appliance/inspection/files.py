@@ -59,7 +59,7 @@ def write_lane_directory(directory: Path, owner: Owner) -> None:
     directory.mkdir(exist_ok=True, mode=0o770)
     _write_owner(directory, owner, 0o2770)
     scratch = directory / "test"
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir(exist_ok=True, mode=0o750)
     _write_owner(scratch, owner, 0o2750)
 
 
@@ -68,7 +68,9 @@ def _write_owner(directory: Path, owner: Owner, mode: int) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         os.fchown(descriptor, owner.uid, owner.gid)
-        os.fchmod(descriptor, mode)
+        # In the image nobody may set the set-group-id; there it is inherited (RestrictSUIDSGID).
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+            os.fchmod(descriptor, mode)
     finally:
         os.close(descriptor)
 

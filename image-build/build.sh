@@ -1,0 +1,152 @@
+#!/bin/bash
+# Builds the image of the service VM into image-build/out: raw disk, qcow2, manifest, SBOM, SHA256SUMS.
+#
+# As root, without loop devices. Environment: KEY, CERT (PEM: sign with these; else keys of this machine's own, made
+# once in image-build/keys), VERSION (of the image; else the program's), OUT (the directory), TOOLS=new (newest tools),
+# FAST=1 (while working on it: the packages of the last such build, so not for a release).
+
+set -euo pipefail
+TOOLS_ANEW=${TOOLS:-}
+HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+ROOT=$(dirname "$HERE")
+# shellcheck source=image-build/setup.sh disable=SC1091
+. "$HERE/setup.sh"
+CACHE=${CACHE:-$HERE/cache}
+TOOLS=$CACHE/tools
+OUT=$(realpath -m "${OUT:-$HERE/out}")
+# shellcheck source=image-build/tools.sh disable=SC1091
+. "$HERE/tools.sh"
+# shellcheck source=image-build/engine.conf disable=SC1091
+. "$HERE/engine.conf"
+
+say() { printf 'image: %s\n' "$*"; }
+SOURCES=(appliance steering suricata pyproject.toml README.md LICENSE requirements.lock requirements-build.lock)
+
+find_commit() {
+    local commit dirty
+    commit=$(git -C "$ROOT" rev-parse HEAD 2>/dev/null) || { printf unknown && return; }
+    dirty=$(git -C "$ROOT" status --porcelain 2>/dev/null)
+    printf '%s%s' "$commit" "${dirty:+-changed}"
+}
+
+# Every time in the image is at most this one.
+find_epoch() {
+    if [ -n "${SOURCE_DATE_EPOCH:-}" ]; then
+        printf '%s' "$SOURCE_DATE_EPOCH"
+    else
+        git -C "$ROOT" log -1 --format=%ct 2>/dev/null ||
+            fail "there's no commit to take the image's time from" "set SOURCE_DATE_EPOCH"
+    fi
+}
+
+make_keys() {
+    if [ -n "${KEY:-}${CERT:-}" ]; then
+        [ -r "${KEY:-}" ] && [ -r "${CERT:-}" ] || fail "KEY and CERT name no two readable files" \
+            "make image KEY=/path/key.pem CERT=/path/certificate.pem"
+        KEY=$(readlink -f "$KEY") CERT=$(readlink -f "$CERT")
+        return
+    fi
+    KEY=$HERE/keys/image.key CERT=$HERE/keys/image.crt
+    [ ! -s "$KEY" ] || [ ! -s "$CERT" ] || return 0
+    say "making keys for development images in ${KEY%/*}: whoever has them can sign images"
+    install -d -m 0700 "${KEY%/*}"
+    (
+        umask 077
+        openssl req -x509 -newkey rsa:3072 -noenc -sha256 -days 3650 -subj '/CN=Hairpin development image/' \
+            -addext 'basicConstraints=critical,CA:FALSE' -addext 'extendedKeyUsage=codeSigning' \
+            -keyout "$KEY" -out "$CERT" 2>/dev/null
+    ) || fail "no keys could be made" "see openssl(1)"
+}
+
+# Wheels for the image's Python, by the locks' hashes, with the machine's own configuration of pip.
+fetch_wheels() {
+    local stamp paths=() path
+    stamp=$(cat "$ROOT/requirements.lock" "$ROOT/requirements-build.lock" "$TOOLS.stamp" | sha256sum | cut -d' ' -f1)
+    [ "$(cat "$CACHE/wheels.stamp" 2>/dev/null)" != "$stamp" ] || return 0
+    say "fetching the locked Python packages"
+    rm -rf "$CACHE/wheels" "$CACHE/wheels.stamp"
+    mkdir -p "$CACHE/wheels" "$CACHE/locks"
+    cp "$ROOT"/requirements{,-build}.lock "$CACHE/locks/"
+    for path in /etc/pip.conf /etc/xdg/pip "$HOME/.config/pip" /etc/ssl/certs /usr/local/share/ca-certificates; do
+        [ ! -e "$path" ] || paths+=("$path")
+    done
+    run_in_tools "$CACHE" "${paths[@]}" -- /bin/bash -euc '
+        cd "$1"
+        pip=(python3 -m pip -q --disable-pip-version-check --no-input download --no-deps --require-hashes -d wheels)
+        # Build tools first: what has no wheel is taken apart by them.
+        "${pip[@]}" --only-binary=:all: -r locks/requirements-build.lock
+        "${pip[@]}" --only-binary=:all: --no-binary=ovs,suricata-update -r locks/requirements.lock' \
+        bash "$CACHE" || fail "the Python packages can't be fetched" "see what pip said above"
+    printf '%s\n' "$stamp" >"$CACHE/wheels.stamp"
+}
+
+# What is built into the image, without times, owners and byte code of this tree.
+stage_source() {
+    rm -rf "$CACHE/stage"
+    mkdir -p "$CACHE/stage/source" "$CACHE/sandbox/etc/apt/sources.list.d"
+    tar -C "$ROOT" --exclude=__pycache__ --exclude='*.egg-info' --mode='u+rwX,go+rX,go-w' \
+        --owner=0 --group=0 --mtime="@$EPOCH" -cf - "${SOURCES[@]}" | tar -C "$CACHE/stage/source" -xpf -
+    cp -al "$CACHE/wheels" "$CACHE/stage/wheels"
+    # A file of this name is used as it is; mkosi's own would name mirrors, and a suite that mirrors refuse.
+    render_sources "$ENGINE_SUITE" | sed -E 's/^deb \[signed-by=([^]]*)\] (\S+) (\S+) main$/Types: deb\nURIs: \2\nSuites: \3\nComponents: main\nSigned-By: \1\n/' \
+        >"$CACHE/sandbox/etc/apt/sources.list.d/mkosi.sources"
+}
+
+build() {
+    local work=$CACHE/work
+    rm -rf "$work"
+    mkdir -p "$work" "$CACHE/packages" "$CACHE/images" "$OUT"
+    run_in_tools "$HERE" "$CACHE" "$OUT" "${KEY%/*}" "${CERT%/*}" -- \
+        env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root TMPDIR=/tmp \
+        SOURCE_DATE_EPOCH="$EPOCH" \
+        mkosi --directory "$HERE" --force --image-version "$VERSION" \
+        --output-directory "$OUT" --workspace-directory "$work" --package-cache-dir "$CACHE/packages" \
+        ${FAST:+--incremental=yes --cache-directory="$CACHE/images"} \
+        --sandbox-tree "$CACHE/sandbox" --build-sources "$CACHE/stage:" \
+        --package "suricata/$ENGINE_SUITE" \
+        --environment "ENGINE_FLOOR=$ENGINE_FLOOR" --environment "IMAGE_COMMIT=$COMMIT" \
+        --source-date-epoch "$EPOCH" \
+        --secure-boot-key "$KEY" --secure-boot-certificate "$CERT" \
+        --verity-key "$KEY" --verity-certificate "$CERT" \
+        build || fail "mkosi failed" "see what it said above"
+}
+
+# Beside the disk: the same as qcow2, a bill of materials (CycloneDX), checksums.
+write_outputs() {
+    local name=hairpin_$VERSION
+    run_in_tools "$HERE" "$OUT" -- /bin/bash -euc '
+        cd "$1"
+        name=$2
+        qemu-img convert -m 1 -c -f raw -O qcow2 -o compression_type=zstd "$name.raw" "$name.qcow2"
+        jq -S --null-input --slurpfile debian "$name.manifest" --slurpfile python python.json \
+            --arg name "$name" --arg version "$3" --arg commit "$4" --argjson epoch "$5" -f "$6" >"$name.cdx.json"
+        rm -f python.json "$name" "$name.vmlinuz" "$name.initrd"' \
+        bash "$OUT" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
+        fail "the outputs can't be written" "see what was said above; is the disk full?"
+    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,cdx.json} >SHA256SUMS)
+    chmod 0644 "$OUT"/*
+}
+
+main_build() {
+    [ "$(id -u)" = 0 ] || fail "an image is built by root" "sudo make image"
+    exec 8>"/run/hairpin-image.lock"
+    flock -w 1800 8 || fail "another image is being built" "wait until it has ended"
+    COMMIT=$(find_commit) EPOCH=$(find_epoch)
+    VERSION=${VERSION:-$(sed -n 's/^version = "\(.*\)"$/\1/p' "$ROOT/pyproject.toml")}
+    [[ $VERSION =~ ^[0-9][0-9A-Za-z.~^-]{0,19}$ ]] || fail "VERSION=$VERSION is no version" "as in 0.1.0"
+    mkdir -p "$CACHE"
+    make_keys
+    make_tools
+    fetch_wheels
+    stage_source
+    say "building hairpin $VERSION from $COMMIT"
+    build
+    write_outputs
+    say "done: $OUT"
+}
+
+# Sourced by the tests, it only declares.
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    main_build "$@"
+    exit
+fi

@@ -1,0 +1,162 @@
+"""The image's build: sources of the machine's own archive, keys, bill of materials, the floor of the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.qemu import Nic, VmSpec, build_argv
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "image-build"
+
+ARCHIVE = """
+apt-get() {
+    case "$*" in
+    *'Codename: '*-security*) echo file:/mirror/security/ ;;
+    *'Codename: '*) echo file:/mirror/debian/ ;;
+    esac
+}
+"""
+
+
+def run_shell(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """With everything that build.sh declares."""
+    return subprocess.run(
+        ["bash", "-euc", f'source "{BUILD}/build.sh"\n{script}'],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_sources_are_the_machines_own_archive_with_other_suites() -> None:
+    done = run_shell(ARCHIVE + "render_sources trixie-backports")
+    assert done.returncode == 0, done.stderr
+    suites = [line.split()[2:4] for line in done.stdout.splitlines()]
+    assert suites == [
+        ["file:/mirror/debian", "trixie"],
+        ["file:/mirror/debian", "trixie-updates"],
+        ["file:/mirror/debian", "trixie-backports"],
+        ["file:/mirror/security", "trixie-security"],
+    ]
+    assert all(
+        line.startswith("deb [signed-by=/usr/share/keyrings/") for line in done.stdout.splitlines()
+    )
+
+
+def test_without_an_archive_it_ends_and_tells_how_to_mend_it() -> None:
+    done = run_shell("apt-get() { :; }\nrender_sources")
+    assert done.returncode == 1
+    assert "to mend it: add one to /etc/apt/sources.list.d" in done.stderr
+
+
+def test_no_mirror_is_named() -> None:
+    named = re.compile(r"(https?|ftp)://")
+    files = [path for path in BUILD.iterdir() if path.is_file() and path.name != "sbom.jq"]
+    files += (BUILD / "mkosi.extra").rglob("*.*")
+    assert [path.name for path in files if path.is_file() and named.search(path.read_text())] == []
+
+
+def test_development_keys_are_made_once_for_root_alone(tmp_path: Path) -> None:
+    once = 'unset KEY CERT; make_keys; sha256sum "$KEY" "$CERT"'
+    script = f'HERE="{tmp_path}"; {once}; {once}'
+    done = run_shell(script, KEY="", CERT="")
+    assert done.returncode == 0, done.stderr
+    sums = [line for line in done.stdout.splitlines() if not line.startswith("image:")]
+    assert sums[:2] == sums[2:]
+    key = tmp_path / "keys/image.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert key.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "given", [{"KEY": "/etc/hostname"}, {"CERT": "/etc/hostname"}, {"KEY": "/no", "CERT": "/no"}]
+)
+def test_half_of_a_releases_keys_is_refused(given: dict[str, str]) -> None:
+    done = run_shell("make_keys", **{"KEY": "", "CERT": "", **given})
+    assert done.returncode == 1
+    assert "KEY and CERT name no two readable files" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["1:7.0.10-1+deb13u4", "1:8.0.7-1~bpo13+1"])
+def test_a_stale_engine_fails_the_build(engine: str, tmp_path: Path) -> None:
+    """The real check with the real floor; only the answer of dpkg-query is made."""
+    (tmp_path / "dpkg-query").write_text(f"#!/bin/sh\necho '{engine}'\n")
+    (tmp_path / "dpkg-query").chmod(0o755)
+    script = f'ENGINE_FLOOR="$ENGINE_FLOOR" PATH="{tmp_path}:$PATH" "{BUILD}/mkosi.postinst.chroot"'
+    done = run_shell(script)
+    assert done.returncode == 1
+    assert f"Suricata {engine} is older than the floor" in done.stderr
+
+
+def make_bill() -> dict[str, Any]:
+    debian = [
+        {
+            "type": "deb",
+            "name": "suricata",
+            "version": "1:8.0.8-1~bpo13+2",
+            "architecture": "amd64",
+        },
+        {"type": "deb", "name": "libc6", "version": "2.41-12", "architecture": "amd64"},
+    ]
+    python = [
+        {"name": "Typing_Extensions", "version": "4.1"},
+        {"name": "hairpin-ips", "version": "0.1.0"},
+    ]
+    argv = ["jq", "-S", "--null-input", "--argjson", "debian", json.dumps([{"packages": debian}])]
+    argv += ["--argjson", "python", json.dumps([python]), "--arg", "version", "0.1.0"]
+    argv += [
+        "--arg",
+        "commit",
+        "c0ffee",
+        "--argjson",
+        "epoch",
+        "86400",
+        "-f",
+        str(BUILD / "sbom.jq"),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20)
+    bill: dict[str, Any] = json.loads(done.stdout)
+    return bill
+
+
+def test_the_bill_of_materials_names_every_package_but_our_own() -> None:
+    bill = make_bill()
+    assert [part["purl"] for part in bill["components"]] == [
+        "pkg:deb/debian/libc6@2.41-12?arch=amd64&distro=debian-13",
+        "pkg:deb/debian/suricata@1%3A8.0.8-1~bpo13%2B2?arch=amd64&distro=debian-13",
+        "pkg:pypi/typing-extensions@4.1",
+    ]
+    assert bill["metadata"]["component"]["version"] == "0.1.0"
+    assert bill["metadata"]["timestamp"] == "1970-01-02T00:00:00Z"
+    assert "serialNumber" not in bill
+
+
+def test_a_vms_command_has_its_cards_seeds_and_credentials(tmp_path: Path) -> None:
+    spec = VmSpec(
+        disk=tmp_path / "disk.raw",
+        directory=tmp_path,
+        nics=(
+            Nic.tap("leg0", "02:00:00:00:00:01", queues=2),
+            Nic.user("02:00:00:00:00:02", {8470: 443}),
+        ),
+        credentials={"hairpin.seed": "name: a, b"},
+        drives=(tmp_path / "a,b.img",),
+        namespace="lab",
+    )
+    argv = build_argv(spec, kvm=False)
+    assert argv[:4] == ["ip", "netns", "exec", "lab"]
+    assert "tap,id=net0,ifname=leg0,script=no,downscript=no,queues=2" in argv
+    assert "virtio-net-pci,netdev=net0,mac=02:00:00:00:00:01,romfile=,mq=on" in argv
+    assert "user,id=net1,restrict=on,hostfwd=tcp:127.0.0.1:8470-:443" in argv
+    assert "type=11,value=io.systemd.credential.binary:hairpin.seed=bmFtZTogYSwgYg==" in argv
+    assert f"if=none,id=more0,format=raw,readonly=on,file={tmp_path}/a,,b.img" in argv
+    assert argv[argv.index("-accel") + 1].startswith("tcg")
