@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from appliance.commands import (
+    image,
     lab,
     policy,
     proof,
@@ -54,6 +55,7 @@ def build_app() -> typer.Typer:
     app.add_typer(rules.app, name="rules")
     app.command("health")(reading.show_health)
     app.command("doctor")(service.doctor)
+    app.add_typer(image.app, name="image")
     app.add_typer(lab.app, name="lab")
     app.command("serve")(service.serve)
     app.command("inspect")(service.inspect)

@@ -166,6 +166,20 @@ class RuleSource(Document):
     )
 
 
+class RulesBundle(Document):
+    """Signed rules in a partition of the appliance's own disk (`hairpin image refresh`, docs/update.md)."""
+
+    device: AbsolutePath = Field(
+        default=Path("/dev/disk/by-partlabel/hairpin-rules"), description="The partition."
+    )
+    certificate: AbsolutePath = Field(
+        description="Certificates (PEM) by whose keys a bundle may be signed."
+    )
+    floor: int = Field(
+        default=0, ge=0, description="A bundle with a lower serial number is not used."
+    )
+
+
 class RulesSettings(Document):
     """What each lane's ruleset is made of."""
 
@@ -179,6 +193,18 @@ class RulesSettings(Document):
     )
     floor: int = Field(
         default=1, ge=1, description="A ruleset with fewer rules than this is refused."
+    )
+    bundle: RulesBundle | None = Field(
+        default=None,
+        description="Rules that were put into the image while it did not run; merged after the starter rules.",
+    )
+    fresh_days: int = Field(
+        default=30,
+        alias="freshDays",
+        ge=1,
+        le=3650,
+        description="A source that was last read longer ago, or a bundle that was made longer ago, is told in "
+        "health, which is `degraded` until it is fresh.",
     )
 
     @field_validator("sources")

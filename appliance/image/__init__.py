@@ -1,1 +1,1 @@
-"""The image at rest: reading it, telling what was changed, refreshing its rules, and putting a new version beside it."""
+"""The image at rest: reading it, telling what was changed, refreshing its rules, a new version beside it."""

@@ -1,9 +1,9 @@
 """The signed rules bundle in the partition `hairpin-rules`. Pure.
 
-The partition has two slots, its halves. A slot is: 64 bytes (magic, version, three lengths, zeros), a header (JSON), a
-signature over the header, and the payload (a tar.gz of rule files), whose digest the header has. The same bundle stands
-in both slots: one is written while the other is whole, so a write that is cut off leaves one of them. The first block is
-written last.
+The partition has two slots, its halves. A slot is: 64 bytes (magic, version, three lengths, zeros), a header
+(JSON), a signature over the header, and the payload (a tar.gz of rule files), whose digest the header has. The same
+bundle stands in both slots: one is written while the other is whole, so a write that is cut off leaves one of them.
+The first block is written last.
 """
 
 from __future__ import annotations

@@ -128,7 +128,9 @@ class Qcow2Disk:
         self._window = (-1, b"")
         # Its own words may not have spaces: both names are made here.
         command = f"write -s {source} {offset} {len(data)}"
-        _run_qemu(["qemu-io", "-f", "qcow2", "-c", command, "-c", "flush", str(self._path)], self._path)
+        _run_qemu(
+            ["qemu-io", "-f", "qcow2", "-c", command, "-c", "flush", str(self._path)], self._path
+        )
 
 
 @contextlib.contextmanager
@@ -147,12 +149,24 @@ def open_to_read(path: Path, progress: Progress) -> Iterator[Source]:
         with tempfile.TemporaryDirectory(prefix=".hairpin-", dir=path.absolute().parent) as work:
             raw = Path(work) / "disk.raw"
             progress(f"unpacking {path}")
-            _run_qemu(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw)], path)
+            _run_qemu(
+                ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw)], path
+            )
             inner = _open(raw, os.O_RDONLY)
             try:
                 yield RawDisk(inner, raw)
             finally:
                 os.close(inner)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def open_device_to_read(path: Path) -> Iterator[Source]:
+    """A block device or raw file as it is, whoever else has it. Raises WrongInput."""
+    handle = _open(path, os.O_RDONLY)
+    try:
+        yield RawDisk(handle, path)
     finally:
         os.close(handle)
 
@@ -219,7 +233,9 @@ def _run_qemu(argv: list[str], path: Path) -> str:
 
 
 def _build_running(path: Path) -> ImageError:
-    return ImageError(f"a virtual machine runs on {path}, or another program changes it", "stop it first")
+    return ImageError(
+        f"a virtual machine runs on {path}, or another program changes it", "stop it first"
+    )
 
 
 def _refuse_locked(handle: int, path: Path) -> None:

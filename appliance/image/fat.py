@@ -1,8 +1,8 @@
 """FAT16 and FAT32 as EFI system partitions have it (Microsoft's "FAT32 File System Specification" 1.03). Pure.
 
-Stricter than a driver: what a driver would overlook or read in its own way (a cluster of two files, two files of one
-name, copies that differ, a chain that is longer than its file) is a fault here, for what firmware reads of it and what is
-checked must be the same bytes.
+Stricter than a driver: what a driver would overlook or read in its own way (a cluster of two files, two files of
+one name, copies that differ, a chain that is longer than its file) is a fault here, for what firmware reads of it and
+what is checked must be the same bytes.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _read_volume(disk: Source) -> tuple[Volume, list[str]]:
         raise Damaged("it is no FAT")
     if per_cluster not in (1, 2, 4, 8, 16, 32, 64, 128) or not reserved or copies not in (1, 2):
         raise Damaged("it is no FAT")
-    if wide and root_entries or not wide and not root_entries:
+    if wide == bool(root_entries):
         raise Damaged("it is neither FAT16 nor FAT32")
     fat_sectors = long_fat if wide else short_fat
     total = small or large

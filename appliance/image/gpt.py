@@ -1,4 +1,4 @@
-"""GUID partition tables (UEFI specification 2.10, chapter 5): both copies, their checksums, the protective MBR. Pure."""
+"""GUID partition tables (UEFI specification 2.10, chapter 5): both copies, their checksums, the MBR. Pure."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ def read_table(disk: Source) -> Table:
     if not copies:
         raise Damaged("; ".join(faults))
     first, second = copies.get("first"), copies.get("second")
-    told = first or second
-    assert told is not None
+    told = first or copies["second"]
     if first and second and not _agree(first, second):
         faults.append("the two partition tables differ")
     spans = [(0, 2 * SECTOR), ((sectors - 1) * SECTOR, SECTOR)]

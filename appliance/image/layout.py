@@ -1,4 +1,4 @@
-"""What stands where on Hairpin's disk (image-build/mkosi.repart), by the Discoverable Partitions Specification. Pure."""
+"""What stands where on Hairpin's disk (image-build/mkosi.repart; Discoverable Partitions Specification). Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of an image has no signature of its own, signed: the table, the files of the boot partition, the first /var. Pure.
+"""What of an image has no signature of its own, signed: table, files of the boot partition, the first /var. Pure.
 
 Programs, roots and rules are signed where they stand. The manifest stands beside the image; with it nothing is left
 that could change unseen before an appliance has run.
@@ -83,6 +83,13 @@ def open_manifest(data: bytes, trusted: Sequence[Certificate]) -> tuple[Manifest
         manifest = Manifest.model_validate_json(json.dumps(document["signed"]))
         signature = base64.b64decode(document["signature"], validate=True)
         key = str(document["key"])
-    except (ValueError, KeyError, TypeError, RecursionError, ValidationError, binascii.Error) as fault:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        ValidationError,
+        binascii.Error,
+    ) as fault:
         raise Damaged("the manifest can't be read") from fault
     return manifest, check_plain(_encode(manifest), signature, key, trusted)

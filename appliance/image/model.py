@@ -101,9 +101,7 @@ class Verdict:
         return all(one.good for one in self.findings)
 
 
-def find_nonzero(
-    source: Source, start: int, size: int, chunk: int = 2**20
-) -> int | None:
+def find_nonzero(source: Source, start: int, size: int, chunk: int = 2**20) -> int | None:
     """The offset of the first byte that is not zero, in ``size`` bytes from ``start``; None without one."""
     done = 0
     while done < size:

@@ -55,7 +55,10 @@ def parse_program(file: Source) -> Program:
     head = file.read(at, 24)
     if head[:4] != b"PE\0\0":
         raise Damaged("it is no EFI program")
-    count, optional_size = struct.unpack_from("<H", head, 6)[0], struct.unpack_from("<H", head, 20)[0]
+    count, optional_size = (
+        struct.unpack_from("<H", head, 6)[0],
+        struct.unpack_from("<H", head, 20)[0],
+    )
     if not 0 < count <= SECTION_LIMIT:
         raise Damaged(f"it has {count} sections")
     optional_at = at + 24

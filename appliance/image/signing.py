@@ -1,4 +1,4 @@
-"""Who signed: certificates, plain signatures, and PKCS #7 as dm-verity and Authenticode have it. Pure but for reading keys.
+"""Who signed: certificates, plain signatures, and PKCS #7 as dm-verity and Authenticode have it.
 
 A signature counts when its certificate is one of those that are trusted, or was issued by one of them. Times are not
 looked at, as firmware and kernel don't either: an image must boot after its certificate has run out.
@@ -148,9 +148,7 @@ class ProgramSignature:
     digest: bytes
 
 
-def check_detached(
-    signature: bytes, content: bytes, trusted: Sequence[Certificate]
-) -> Certificate:
+def check_detached(signature: bytes, content: bytes, trusted: Sequence[Certificate]) -> Certificate:
     """Whose signature over ``content`` it is. Raises Damaged, NotTrusted."""
     info = _decode(_DetachedInfo, signature)
     _require(info.type.dotted_string == _SIGNED_DATA, "it is no signed data")

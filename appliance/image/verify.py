@@ -112,13 +112,12 @@ def _check_table(disk: Source, table: Table, wanted: Wanted) -> Iterator[Finding
     for fault in table.faults:
         good = False
         yield Finding(place, Status.CHANGED, fault)
-    manifest = wanted.manifest
-    if manifest is not None and not wanted.ran:
-        if compute_table(table, disk.size) != manifest.table_sha256:
-            good = False
-            yield Finding(place, Status.CHANGED, "not the one of the manifest")
+    manifest = None if wanted.ran else wanted.manifest
+    if manifest and compute_table(table, disk.size) != manifest.table_sha256:
+        good = False
+        yield Finding(place, Status.CHANGED, "not the one of the manifest")
     if good:
-        covered = "as the manifest says" if manifest and not wanted.ran else "whole"
+        covered = "as the manifest says" if manifest else "whole"
         yield Finding(place, Status.OK, f"{len(table.partitions)} partitions, {covered}")
     for start, size in find_gaps(table, disk.size):
         at = find_nonzero(disk, start, size)
@@ -146,7 +145,9 @@ def _check_esp(esp: Part, wanted: Wanted, kernels: list[Kernel]) -> Iterator[Fin
     for fault_text in tree.faults:
         yield Finding("esp", Status.CHANGED, fault_text)
     manifest = wanted.manifest
-    listed = {strip_tries(path): digest for path, digest in manifest.files.items()} if manifest else {}
+    listed = (
+        {strip_tries(path): digest for path, digest in manifest.files.items()} if manifest else {}
+    )
     good = not tree.faults
     for file in tree.files:
         name = strip_tries(file.path)
@@ -188,9 +189,7 @@ def strip_tries(path: str) -> str:
     return path
 
 
-def _check_file(
-    file: File, digest: str | None, wanted: Wanted, kernels: list[Kernel]
-) -> Finding:
+def _check_file(file: File, digest: str | None, wanted: Wanted, kernels: list[Kernel]) -> Finding:
     place = f"esp {file.path}"
     if file.path.upper().endswith(".EFI"):
         return _check_program(place, file, wanted.trusted, kernels)
@@ -209,28 +208,50 @@ def _check_program(
     place: str, file: File, trusted: Sequence[Certificate], kernels: list[Kernel]
 ) -> Finding:
     try:
-        program = parse_program(file)
-        if not program.signatures:
-            return Finding(place, Status.UNSIGNED, "a program that nobody signed")
-        signers = []
-        for signature in program.signatures:
-            told = check_program(signature, trusted)
-            if compute_digest(file, program, told.algorithm) != told.digest:
-                return Finding(place, Status.CHANGED, "not the program that was signed", told.signer)
-            signers.append(told.signer)
-        if program.checksum not in (0, compute_checksum(file)):
-            return Finding(place, Status.CHANGED, "its checksum is wrong", signers[0])
-        detail = "boot loader or other program"
-        release, line = (read_section(file, program, name) for name in (".osrel", ".cmdline"))
-        if program.find(".linux") is not None:
-            kernel = Kernel(file.path, _find_value(release, "IMAGE_VERSION"), _find_root_hash(line))
-            kernels.append(kernel)
-            detail = f"kernel of version {kernel.version or 'unknown'}"
+        signer = check_signature(file, trusted)
+        kernel = read_kernel(file, file.path)
     except NotTrusted as fault:
         return Finding(place, Status.UNSIGNED, fault.reason)
     except Damaged as fault:
         return Finding(place, Status.CHANGED, fault.reason)
-    return Finding(place, Status.OK, detail, signers[0])
+    if kernel is None:
+        return Finding(place, Status.OK, "boot loader or other program", signer)
+    kernels.append(kernel)
+    return Finding(place, Status.OK, f"kernel of version {kernel.version or 'unknown'}", signer)
+
+
+def check_signature(file: Source, trusted: Sequence[Certificate]) -> str:
+    """Who signed an EFI program. Raises NotTrusted (also where nobody did), Damaged."""
+    program = parse_program(file)
+    if not program.signatures:
+        raise NotTrusted("a program that nobody signed")
+    signers = []
+    for signature in program.signatures:
+        told = check_program(signature, trusted)
+        if compute_digest(file, program, told.algorithm) != told.digest:
+            raise Damaged("it is not the program that was signed")
+        signers.append(told.signer)
+    if program.checksum not in (0, compute_checksum(file)):
+        raise Damaged("its checksum is wrong")
+    return signers[0]
+
+
+def read_kernel(file: Source, path: str) -> Kernel | None:
+    """What a kernel image says of itself; None where it is another program. Raises Damaged."""
+    program = parse_program(file)
+    if program.find(".linux") is None:
+        return None
+    release, line = (read_section(file, program, name) for name in (".osrel", ".cmdline"))
+    return Kernel(path, _find_value(release, "IMAGE_VERSION"), _find_root_hash(line))
+
+
+def check_kernel(file: Source, path: str, trusted: Sequence[Certificate]) -> tuple[Kernel, str]:
+    """A signed kernel image, and who signed it. Raises NotTrusted, Damaged."""
+    signer = check_signature(file, trusted)
+    kernel = read_kernel(file, path)
+    if kernel is None:
+        raise Damaged(f"{path} is no kernel image")
+    return kernel, signer
 
 
 def _find_value(release: bytes, name: str) -> str:
@@ -264,7 +285,9 @@ def _check_root(
         if not wanted.ran:
             for one in (root.root, root.tree, root.signature):
                 if (at := find_nonzero(one.of(disk), 0, one.size)) is not None:
-                    yield Finding(place, Status.UNEXPECTED, f"empty by its label, but bytes at {at}")
+                    yield Finding(
+                        place, Status.UNEXPECTED, f"empty by its label, but bytes at {at}"
+                    )
                     return
         yield Finding(place, Status.OK, "empty: the next version's place")
         return
@@ -321,7 +344,9 @@ def _check_names(
     place = f"root {root.name} signature"
     halves = told.root_hash[:32], told.root_hash[-32:]
     if (root.root.guid.replace("-", ""), root.tree.guid.replace("-", "")) != halves:
-        yield Finding(place, Status.CHANGED, "the partitions' numbers are not those of the root hash")
+        yield Finding(
+            place, Status.CHANGED, "the partitions' numbers are not those of the root hash"
+        )
     if told.fingerprint.lower() != certificate.fingerprint(SHA256()).hex():
         yield Finding(place, Status.CHANGED, "it names another certificate than its signer's")
     if not any(one.root_hash == told.root_hash for one in kernels):
@@ -383,5 +408,7 @@ def _check_var(
     else:
         progress("checking /var")
         same = hash_source(layout.var.of(disk)) == wanted.manifest.var_sha256
-        detail = "as the manifest says" if same else "not as the manifest says, or the appliance has run"
+        detail = (
+            "as the manifest says" if same else "not as the manifest says, or the appliance has run"
+        )
         yield Finding("var", Status.OK if same else Status.CHANGED, detail)

@@ -44,7 +44,7 @@ class Superblock:
     def levels(self) -> tuple[tuple[int, int], ...]:
         """(first block, blocks) of each level of the tree in the hash partition, the leaves first."""
         fan = self.fan
-        counts = []
+        counts: list[int] = []
         count = self.data_blocks
         while count > 1 or not counts:
             count = -(-count // fan)
@@ -180,7 +180,9 @@ def check_tree(
         expected = below[:wanted]
         for extra in below[wanted:]:
             if any(extra):
-                yield Damage("tree", first, first + count - 1, "digests of blocks that are not there")
+                yield Damage(
+                    "tree", first, first + count - 1, "digests of blocks that are not there"
+                )
                 break
     yield from _join(_check_data(data, block, expected, progress))
     yield from _check_rest(data, tree, block)
@@ -197,7 +199,10 @@ def _check_data(
         count = min(batch, block.data_blocks - start)
         content = memoryview(data.read(start * size, count * size))
         for number in range(count):
-            if _hash(block, content[number * size : (number + 1) * size]) != expected[start + number]:
+            if (
+                _hash(block, content[number * size : (number + 1) * size])
+                != expected[start + number]
+            ):
                 yield start + number
         if start // tenth > told:
             told = start // tenth
