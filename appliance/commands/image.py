@@ -453,9 +453,12 @@ def check(
         return
     verdict = bootcheck.judge_faults(_read_faults(faults_file))
     if verdict.passed:
-        client = open_client(url, token_file)
-        prove = client.prove_lanes if canary else None
-        verdict = bootcheck.wait_until_good(client.read_health, prove, seconds)
+        # Opened anew each time: the service makes its token when it starts first.
+        verdict = bootcheck.wait_until_good(
+            lambda: open_client(url, token_file).read_health(),
+            (lambda: open_client(url, token_file).prove_lanes()) if canary else None,
+            seconds,
+        )
     report = BootReport(passed=verdict.passed, trial=boot.trial, lacking=verdict.lacking)
     _print_boot(report, json, "every lane forwards" + (" and blocks its canary" if canary else ""))
     if not verdict.passed:
