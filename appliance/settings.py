@@ -198,14 +198,6 @@ class RulesSettings(Document):
         default=None,
         description="Rules that were put into the image while it did not run; merged after the starter rules.",
     )
-    fresh_days: int = Field(
-        default=30,
-        alias="freshDays",
-        ge=1,
-        le=3650,
-        description="A source that was last read longer ago, or a bundle that was made longer ago, is told in "
-        "health, which is `degraded` until it is fresh.",
-    )
 
     @field_validator("sources")
     @classmethod

@@ -46,11 +46,11 @@ Image = Annotated[
     Path, typer.Argument(metavar="FILE", help="A disk: raw, qcow2 or a block device.")
 ]
 Certificates = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Option(
         "--certificate",
         metavar="CERT",
-        help="Certificates (PEM) that are trusted; may be given again.",
+        help="Certificates (PEM) that are trusted; may be given again. On an appliance: its own.",
     ),
 ]
 Key = Annotated[
@@ -70,6 +70,8 @@ Suricata = Annotated[
 ]
 
 AGE_NOTED_DAYS = 30
+OWN_CERTIFICATE = Path("/usr/lib/hairpin/image.crt")
+"""In the root of an image: whose versions and rules it takes."""
 
 
 class ImageFinding(ApiDocument):
@@ -141,7 +143,7 @@ def _note(text: str) -> None:
 @app.command("verify")
 def verify(
     file: Image,
-    certificate: Certificates,
+    certificate: Certificates = None,
     manifest: Annotated[
         Path | None,
         typer.Option(
@@ -178,9 +180,14 @@ def verify(
         raise typer.Exit(1)
 
 
-def _read_trusted(paths: list[Path]) -> tuple[X509, ...]:
+def _read_trusted(paths: list[Path] | None) -> tuple[X509, ...]:
     from appliance.image.signing import read_certificates
 
+    if not paths and not OWN_CERTIFICATE.exists():
+        raise WrongInput(
+            [FieldError("--certificate", "must be given: who is trusted to have signed?")]
+        )
+    paths = paths or [OWN_CERTIFICATE]
     return tuple(one for path in paths for one in read_certificates(path))
 
 
@@ -320,7 +327,7 @@ def _print_bundle(report: BundleReport) -> None:
 
 
 @app.command("rules")
-def show_rules(file: Image, certificate: Certificates, json: options.Json = False) -> None:
+def show_rules(file: Image, certificate: Certificates = None, json: options.Json = False) -> None:
     """Show which rules bundle an image has, who signed it, and how old it is."""
     from appliance.image.disk import open_to_read
     from appliance.image.refresh import read_partition
@@ -342,7 +349,7 @@ def extract(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="An empty directory, or one to be made.")
     ],
-    certificate: Certificates,
+    certificate: Certificates = None,
     json: options.Json = False,
 ) -> None:
     """Write the parts of an image that an appliance is updated with, and check them."""
@@ -383,7 +390,7 @@ def update(
         Path,
         typer.Argument(metavar="SOURCE", help="A signed image, or what `image extract` wrote."),
     ],
-    certificate: Certificates,
+    certificate: Certificates = None,
     disk: Annotated[
         Path | None,
         typer.Option("--disk", metavar="DEVICE", help="The appliance's disk; found if not given."),
@@ -472,12 +479,14 @@ def _read_faults(path: Path | None) -> tuple[str, ...]:
         document = jsonlib.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError) as fault:
         return (f"{path}: {fault}",)
-    listed = document.get("faults", document) if isinstance(document, dict) else document
-    return (
-        tuple(str(one)[:300] for one in listed)
-        if isinstance(listed, list)
-        else (str(listed)[:300],)
-    )
+    listed = document.get("faults") if isinstance(document, dict) else None
+    if not isinstance(listed, list):
+        return (f"{path}: not what the first boot writes",)
+    return tuple(_render_fault(one)[:300] for one in listed)
+
+
+def _render_fault(fault: object) -> str:
+    return f"{fault.get('path')}: {fault.get('reason')}" if isinstance(fault, dict) else str(fault)
 
 
 def _print_boot(report: BootReport, json: bool, text: str) -> None:

@@ -73,6 +73,10 @@ rules:
     - name: our-own
       url: file:///etc/hairpin/our-own.rules
   floor: 10
+  bundle:
+    device: /dev/disk/by-partlabel/hairpin-rules
+    certificate: /usr/lib/hairpin/image.crt
+    floor: 0
 api:
   listen: 127.0.0.1
   port: 8470

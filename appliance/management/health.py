@@ -15,12 +15,11 @@ from appliance.assurance.ledger import LedgerRun
 from appliance.assurance.stages import Stage
 from appliance.export.exporter import ExporterStatus, State
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
-from appliance.rules.model import BUNDLE, STARTER, RulesState, SourceReport
+from appliance.rules.model import BUNDLE, RulesState, SourceReport
 from steering.change import SwitchStatus
 from steering.model import Inspect, Lane, PolicySet
 
 FRESH_SECONDS = 5.0
-DAY = 86400.0
 UNDECIDED_STAGES = (Stage.SENDER, Stage.RETURN, Stage.EVE, Stage.STORE)
 _MENDS: dict[str, str] = {
     Stage.SENDER: "check that `hairpin inspect` runs and the canary's device is there",
@@ -71,7 +70,6 @@ class Facts:
     ledger: LedgerRun | None = None
     disks: tuple[DiskState, ...] = ()
     shortcut_faults: tuple[str, ...] = ()
-    fresh_days: int = 30
 
 
 def build_health(facts: Facts) -> doc.Health:
@@ -282,15 +280,6 @@ def _judge_rules(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compone
         if stale := [source for source in sources if source.stale]:
             details.append(f"{one.profile}: stale sources {', '.join(_describe(stale))}")
             _problem(problems, details[-1], "`hairpin rules update` when they answer", facts.now)
-        for source in sources:
-            age = facts.now - source.fetched
-            if source.name != STARTER and source.fetched and age > facts.fresh_days * DAY:
-                details.append(
-                    f"{one.profile}: rules of {source.name} are {age // DAY:.0f} days old"
-                )
-                mend = "`hairpin rules update`; what is in force goes on inspecting"
-                since = source.fetched + facts.fresh_days * DAY
-                _problem(problems, details[-1], mend, since)
     return doc.ComponentHealth(status="degraded" if details else "ok", detail="; ".join(details))
 
 

@@ -186,7 +186,6 @@ class Management:
             shortcut_faults=tuple(
                 filter(None, (self.shortcut.fault, self._watches.shortcuts.fault))
             ),
-            fresh_days=self._settings.rules.fresh_days,
         )
 
     async def read_health(self) -> doc.Health:

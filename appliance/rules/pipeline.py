@@ -267,7 +267,8 @@ class RulePipeline:
         if self._bundle is not None:
             if bundled is None:
                 bundled = await asyncio.to_thread(self._bundle.read)
-            gathered.append(bundled)
+            if bundled[1].rules or bundled[1].fault:
+                gathered.append(bundled)
         cache = SourceCache(self._sources_dir, updater, self._clock)
         for number, source in enumerate(sources):
             progress(f"reading source {source.name}")

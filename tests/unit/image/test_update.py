@@ -390,7 +390,9 @@ def test_a_setup_with_faults_is_not_kept(
 ) -> None:
     monkeypatch.setattr(bootcheck, "read_boot", lambda: bootcheck.Boot(True, 1))
     faults = tmp_path / "faults.json"
-    faults.write_text(json.dumps({"faults": ["lanes: must be given"]}))
+    faults.write_text(
+        json.dumps({"faults": [{"path": "lanes", "reason": "must be given", "mend": ""}]})
+    )
     assert run_cli(["image", "check", "--faults", str(faults)]) == 1
     assert "lanes: must be given" in capsys.readouterr().out
 
