@@ -45,13 +45,16 @@ class Partition:
 class Table:
     """A disk's partitions, and what is wrong with what tells of them.
 
-    ``spans`` are (offset, size) of everything that the table itself takes.
+    ``spans`` are (offset, size) of everything that the table itself takes. ``whole``: both copies are, and agree.
+    ``enlarged``: the disk has got larger since, which the next boot takes note of (systemd-repart).
     """
 
     guid: str
     partitions: tuple[Partition, ...]
     spans: tuple[tuple[int, int], ...]
     faults: tuple[str, ...]
+    whole: bool
+    enlarged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +78,40 @@ def read_table(disk: Source) -> Table:
     sectors = disk.size // SECTOR
     if sectors < 6:
         raise Damaged(f"{disk.size} bytes are too few for a disk")
-    faults = _check_mbr(disk.read(0, SECTOR), sectors)
-    copies: dict[str, _Copy] = {}
-    for name, at in (("first", 1), ("second", sectors - 1)):
-        try:
-            copies[name] = _read_copy(disk, at, sectors)
-        except Damaged as fault:
-            faults.append(f"the {name} partition table is damaged: {fault.reason}")
-    if not copies:
+    faults: list[str] = []
+    first = _try_copy(disk, "first", 1, sectors, faults)
+    # Where the first says; at the end of the disk where it can't be asked.
+    end = first.other if first else sectors - 1
+    second = _try_copy(disk, "second", end, sectors, faults)
+    told = first or second
+    if told is None:
         raise Damaged("; ".join(faults))
-    first, second = copies.get("first"), copies.get("second")
-    told = first or copies["second"]
-    if first and second and not _agree(first, second):
+    whole = first is not None and second is not None and _agree(first, second)
+    if not whole and not faults:
         faults.append("the two partition tables differ")
-    spans = [(0, 2 * SECTOR), ((sectors - 1) * SECTOR, SECTOR)]
+    spans = [(0, 2 * SECTOR), (end * SECTOR, SECTOR)]
     # A copy that is damaged still has its place, by the other one.
-    starts = [(first or told).entries_at if first else 2]
-    starts.append(second.entries_at if second else sectors - 1 - told.entry_sectors)
+    starts = [first.entries_at if first else 2]
+    starts.append(second.entries_at if second else end - told.entry_sectors)
     spans += [(start * SECTOR, told.entry_sectors * SECTOR) for start in starts]
     partitions = tuple(_parse_entries(told))
     _check_places(partitions, told, spans)
-    return Table(_text(told.guid), partitions, tuple(sorted(spans)), tuple(faults))
+    return Table(
+        guid=_text(told.guid),
+        partitions=partitions,
+        spans=tuple(sorted(spans)),
+        faults=(*_check_mbr(disk.read(0, SECTOR), {end, sectors - 1}), *faults),
+        whole=whole,
+        enlarged=end != sectors - 1,
+    )
+
+
+def _try_copy(disk: Source, name: str, at: int, sectors: int, faults: list[str]) -> _Copy | None:
+    try:
+        return _read_copy(disk, at, sectors)
+    except Damaged as fault:
+        faults.append(f"the {name} partition table is damaged: {fault.reason}")
+        return None
 
 
 def find_gaps(table: Table, size: int) -> Iterator[tuple[int, int]]:
@@ -110,13 +126,13 @@ def find_gaps(table: Table, size: int) -> Iterator[tuple[int, int]]:
         yield at, size - at
 
 
-def _check_mbr(sector: bytes, sectors: int) -> list[str]:
+def _check_mbr(sector: bytes, ends: set[int]) -> list[str]:
     faults = []
     if sector[510:] != b"\x55\xaa":
         faults.append("the protective MBR has no signature")
     entry = sector[_MBR_TABLE : _MBR_TABLE + 16]
     start, count = struct.unpack("<II", entry[8:])
-    if entry[4] != 0xEE or start != 1 or count not in (min(sectors - 1, 0xFFFFFFFF), 0xFFFFFFFF):
+    if entry[4] != 0xEE or start != 1 or count not in {*ends, 0xFFFFFFFF}:
         faults.append("the protective MBR does not protect the whole disk")
     if any(sector[_MBR_TABLE + 16 : 510]):
         faults.append("the protective MBR has further partitions")
@@ -138,7 +154,11 @@ def _read_copy(disk: Source, at: int, sectors: int) -> _Copy:
         raise Damaged("its header is followed by other bytes")
     if own != at or entry_size != _ENTRY.size or not 0 < count <= ENTRY_LIMIT:
         raise Damaged("its header tells what can't be")
-    if not 2 <= first <= last < sectors or not 2 <= entries_at < sectors:
+    if (
+        not 2 <= first <= last < sectors
+        or not 2 <= entries_at < sectors
+        or not 1 <= other < sectors
+    ):
         raise Damaged("its header names places outside of the disk")
     entries = disk.read(entries_at * SECTOR, count * entry_size)
     if zlib.crc32(entries) != entries_crc:

@@ -158,7 +158,7 @@ def build_trial_settings(work: Path, packed: Path) -> Settings:
 def find_rules_partition(disk: Source) -> Partition:
     """Raises Damaged, also where the partition table is not wholly well: nothing is written by it."""
     table = read_table(disk)
-    if table.faults:
+    if not table.whole:
         raise Damaged(f"the partition table: {table.faults[0]}", "see `hairpin image verify`")
     found = find_layout(table).rules
     if found is None:

@@ -113,6 +113,9 @@ def _check_table(disk: Source, table: Table, wanted: Wanted) -> Iterator[Finding
         good = False
         yield Finding(place, Status.CHANGED, fault)
     manifest = None if wanted.ran else wanted.manifest
+    if table.enlarged and not wanted.ran:
+        good = False
+        yield Finding(place, Status.CHANGED, "the disk is larger than the table says")
     if manifest and compute_table(table, disk.size) != manifest.table_sha256:
         good = False
         yield Finding(place, Status.CHANGED, "not the one of the manifest")

@@ -22,8 +22,8 @@ DAMAGE_LIMIT = 100
 """So many damaged stretches are told of one by one."""
 _SUPERBLOCK = struct.Struct("<8sII16s32sIIQH6s256s168s")
 _DIGESTS = {"sha256": 32, "sha512": 64}
-BLOCKS_LIMIT = 2**24
-"""64 GiB at the usual 4 KiB: more is not read."""
+BLOCKS_LIMIT = 2**21
+"""8 GiB at the usual 4 KiB, whose digests take 140 MB of memory: more is not read."""
 _BLOCKS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 

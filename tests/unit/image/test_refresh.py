@@ -205,6 +205,28 @@ def test_a_flipped_byte_in_the_rules_is_named(
             assert found.bundle.header.serial == 10
 
 
+def test_an_image_that_was_enlarged_is_refreshed_too(
+    image: Image, disk: Path, partition: Partition, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a /var that is to grow at the first boot; the second table is then not at the end."""
+    run("qemu-img", "resize", "-f", "raw", disk, "+20M")
+    write(image, disk, partition, 10)
+    found = read(image, disk)
+    assert found is not None
+    argv = ["image", "verify", str(disk), "--certificate", str(image.keys.certificate)]
+    argv += ["--manifest", str(image.manifest_file)]
+    assert run_cli(argv) == 1
+    assert "the disk is larger than the table says" in capsys.readouterr().out
+    assert run_cli([*argv, "--ran"]) == 0
+    # But not by a table of which one copy is gone.
+    with (
+        flipped(disk, 512 + 30),
+        open_to_write(disk) as opened,
+        pytest.raises(ImageError, match="first partition table"),
+    ):
+        refresh.find_rules_partition(opened)
+
+
 def test_a_bundle_that_does_not_fit_is_refused(
     image: Image, disk: Path, partition: Partition
 ) -> None:
