@@ -15,6 +15,7 @@ import typer
 from appliance.commands import (
     firstboot,
     host,
+    image,
     lab,
     policy,
     proof,
@@ -57,6 +58,7 @@ def build_app() -> typer.Typer:
     app.command("health")(reading.show_health)
     app.command("doctor")(service.doctor)
     app.add_typer(host.app, name="host")
+    app.add_typer(image.app, name="image")
     app.add_typer(lab.app, name="lab")
     app.command("serve")(service.serve)
     app.command("inspect")(service.inspect)

@@ -129,6 +129,20 @@ class RuleSource(Document):
     )
 
 
+class RulesBundle(Document):
+    """Signed rules in a partition of the appliance's own disk (`hairpin image refresh`, docs/update.md)."""
+
+    device: AbsolutePath = Field(
+        default=Path("/dev/disk/by-partlabel/hairpin-rules"), description="The partition."
+    )
+    certificate: AbsolutePath = Field(
+        description="Certificates (PEM) by whose keys a bundle may be signed."
+    )
+    floor: int = Field(
+        default=0, ge=0, description="A bundle with a lower serial number is not used."
+    )
+
+
 class RulesSettings(Document):
     """What each lane's ruleset is made of."""
 
@@ -149,13 +163,18 @@ class RulesSettings(Document):
         ge=1,
         le=3650,
         description="With rules older than this the appliance is `degraded` (docs/rules.md). None: "
-        "after 7 days where there are `sources`; the age of the starter rules alone is told, not judged.",
+        "after 7 days where there are `sources` or a `bundle`; the starter rules' age alone is told, not judged.",
+    )
+
+    bundle: RulesBundle | None = Field(
+        default=None,
+        description="Rules that were put into the image while it did not run; merged after the starter rules.",
     )
 
     @property
     def stale_seconds(self) -> float | None:
         """None: rules of any age are fresh."""
-        days = self.stale_after_days or (STALE_DAYS if self.sources else None)
+        days = self.stale_after_days or (STALE_DAYS if self.sources or self.bundle else None)
         return None if days is None else days * 86400.0
 
     @field_validator("sources")

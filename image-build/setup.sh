@@ -34,6 +34,8 @@ PACKAGES=(
     iperf3 wrk
     # a clock that jumps, for one process, in the fault campaign
     faketime
+    # small images, for the tests of reading them
+    cryptsetup-bin erofs-utils sbsigntool mtools dosfstools gdisk qemu-utils systemd-boot-efi
     # the ground they stand on
     ca-certificates jq libcap2-bin mount passwd procps util-linux python3 python3-venv
 )

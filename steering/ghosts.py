@@ -8,7 +8,7 @@ is seen to be gone (its own flows shut it until then) to the bundle that steers 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from steering.flows import PresentFlow
@@ -62,3 +62,9 @@ def find_guarded_ports(flows: Iterable[PresentFlow]) -> tuple[Port, ...]:
 
 
 _GUARDED = re.compile(r"dl_src=((?:[0-9a-f]{2}:){5}[0-9a-f]{2})")
+
+
+def find_moved_ports(owners: Mapping[int, str], ports: Iterable[Port]) -> tuple[int, ...]:
+    """Of ``owners`` (vm-id by ofport) the ofports that are gone or now another VM's: what was learned of them is void."""
+    now = {port.ofport: port.vm_id for port in ports}
+    return tuple(ofport for ofport, owner in owners.items() if now.get(ofport) != owner)

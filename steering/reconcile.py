@@ -30,7 +30,7 @@ from steering.events import (
     SwitchChanged,
 )
 from steering.flows import PresentFlow, Program
-from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports
+from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports, find_moved_ports
 from steering.model import Lane, Machine, Observed, PolicySet
 from steering.pipeline import CookieKind
 from steering.rush import GaveWay, Rush
@@ -552,7 +552,7 @@ class Reconciler:
         observed = await self._remember(observed)
         untaught = self.shortcuts.find_untaught()
         program = self._compile(self._policies, observed)
-        for ofport in self._find_moved_ports(observed):
+        for ofport in find_moved_ports(self._owners, observed.ports):
             await self._switch.forget_addresses(ofport)
             await self.shortcuts.forget_ports([ofport])
         # What came or went need not wait for all to be read.
@@ -575,13 +575,6 @@ class Reconciler:
         before, self._settled = self._settled, program
         self._standing, drift = program, program == before
         self._tell(observed, bundle, time.monotonic() - began, drift=drift and before is not None)
-
-    def _find_moved_ports(self, observed: Observed) -> tuple[int, ...]:
-        """Ofports that are gone or now another VM's: what was learned of them is void."""
-        owners = {port.ofport: port.vm_id for port in observed.ports}
-        return tuple(
-            ofport for ofport, owner in self._owners.items() if owners.get(ofport) != owner
-        )
 
     def _tell(self, observed: Observed, bundle: Bundle, seconds: float, *, drift: bool) -> None:
         owners = {port.ofport: port.vm_id for port in observed.ports}

@@ -16,8 +16,9 @@ _HEAD = """\
 Made from the program by `python -m appliance.commands.reference`; a test compares them.
 
 Exit statuses: 0 done; 1 refused or failed (also: `lab status` of a lab that is not whole, `doctor` with a
-failing check, `health` of a failing service); 2 wrong input or usage, nothing changed; 130 ended by Ctrl-C;
-141 whoever read the output has gone. `lab exec` ends with the command's own status.
+failing check, `health` of a failing service, `image verify` that finds a difference); 2 wrong input or usage,
+nothing changed; 130 ended by Ctrl-C; 141 whoever read the output has gone. `lab exec` ends with the
+command's own status.
 
 Results go to stdout; errors, notes and progress to stderr. An error is a line `error: ...`, a line for each
 fault with its path, and `what to do: ...`. On a terminal tables are drawn, elsewhere they are plain columns,
@@ -57,6 +58,13 @@ JSON_SHAPES = {
     "policy show": "PolicyDocuments",
     "rules update": "UpdateJob",
     "rules show": "RulesStatus; with a filter RulePage",
+    "image verify": "`good`, `versions`, `findings` (each `place`, `status`, `detail`, `signer`)",
+    "image sign": "`manifest`, `version`, `files`",
+    "image refresh": "as `image rules`, with `loaded` (by profile) and `leftOut`",
+    "image rules": "`serial`, `created`, `ageDays`, `rules`, `size`, `signer`, `sources`, `faults`",
+    "image extract": "`version`, `rootHash`, `signer`, `files`, `written`",
+    "image update": "as `image extract`",
+    "image check": "`passed`, `trial`, `lacking`",
     "doctor": "`level`, `findings` (each `name`, `level`, `found`, `mend`)",
     "host prepare": "`title`, `script`, `applied`, `done` (commands and files), `domain` (XML), `seed`; holds "
     "private keys",

@@ -79,6 +79,10 @@ rules:
       url: file:///etc/hairpin/our-own.rules
   floor: 10
   staleAfterDays: 3
+  bundle:
+    device: /dev/disk/by-partlabel/hairpin-rules
+    certificate: /usr/lib/hairpin/image.crt
+    floor: 0
 api:
   listen: 192.0.2.10
   port: 8470

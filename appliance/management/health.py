@@ -16,7 +16,7 @@ from appliance.assurance.stages import Stage
 from appliance.export.exporter import ExporterStatus, State
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
 from appliance.rules.age import find_age, judge_age, render_age
-from appliance.rules.model import RulesState
+from appliance.rules.model import BUNDLE, RulesState, SourceReport
 from steering.change import SwitchStatus
 from steering.model import Inspect, Lane, PolicySet
 
@@ -288,11 +288,9 @@ def _judge_rules(facts: Facts, problems: list[doc.HealthProblem]) -> doc.RulesHe
             details.append(f"{one.profile}: the engine refused {one.refused.revision}")
             mend = "the last good ruleset is in force; see `hairpin rules show`"
             _problem(problems, f"{details[-1]}: {one.refused.reason}", mend, one.refused.at)
-        stale = [
-            source.name for source in (one.report.sources if one.report else ()) if source.stale
-        ]
-        if stale:
-            details.append(f"{one.profile}: stale sources {', '.join(stale)}")
+        sources = one.report.sources if one.report else ()
+        if stale := [source for source in sources if source.stale]:
+            details.append(f"{one.profile}: stale sources {', '.join(_describe(stale))}")
             _problem(problems, details[-1], "`hairpin rules update` when they answer", facts.now)
     status: doc.HealthStatus = "degraded" if details else "ok"
     if age is not None and facts.now >= age.since:
@@ -303,6 +301,14 @@ def _judge_rules(facts: Facts, problems: list[doc.HealthProblem]) -> doc.RulesHe
         detail="; ".join(details),
         updated_at=None if age is None else doc.build_time(age.since),
     )
+
+
+def _describe(stale: Sequence[SourceReport]) -> Sequence[str]:
+    """By name; of the bundle also why: nobody is asked for it."""
+    return [
+        f"{one.name} ({one.fault})" if one.name == BUNDLE and one.fault else one.name
+        for one in stale
+    ]
 
 
 def _missing(rules: RulesState) -> Sequence[str]:

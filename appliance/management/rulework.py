@@ -192,9 +192,12 @@ class RuleWork:
         The first ruleset is made here, too, from what is on this machine, so that engines can start.
         """
         told = ""
+        adopted = False
         while True:
             try:
                 told = await self._keep_whole(told)
+                # After the first ruleset, so that engines inspect meanwhile by what there is.
+                adopted = adopted or await self._adopt_bundle()
             except (HairpinError, OSError) as fault:
                 # A disk that is full, most likely: what is in force stays, and it is tried again.
                 log.error("rulesets not looked after", reason=str(fault))
@@ -215,6 +218,23 @@ class RuleWork:
         for profile in restored:
             await self._restore(profile)
         return ""
+
+    async def _adopt_bundle(self) -> bool:
+        """What was put into the image while it did not run; False: to be tried again."""
+        try:
+            adopted = await self.pipeline.adopt_bundle(self._reload)
+        except UpdateRunning:
+            return False
+        except HairpinError as fault:
+            reason = f"the rules bundle is not in force: {fault.reason}"
+            log.error("rules bundle not adopted", reason=fault.reason)
+            await self._record("rules.failed", "error", reason)
+            return True
+        if adopted is not None:
+            told = f"; {adopted.fault}" if adopted.fault else ""
+            text = f"the rules bundle of this image: {adopted.rules} rules{told}"
+            await self._record("rules.bundle", "error" if adopted.fault else "info", text)
+        return True
 
     async def reload_lane(self, lane: Lane) -> None:
         """A canary showed that its engine does not run the ruleset in force: have it load that.

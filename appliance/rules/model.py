@@ -12,6 +12,7 @@ from steering.errors import HairpinError
 from steering.model import Profile
 
 STARTER = "hairpin/starter"
+BUNDLE = "hairpin/bundle"
 STARTER_SIDS = range(4_850_000, 4_851_000)
 LEFT_OUT_LIMIT = 2_000
 

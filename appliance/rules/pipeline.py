@@ -15,11 +15,13 @@ from pathlib import Path
 
 import structlog
 
+from appliance.rules.bundled import BundleReader
 from appliance.rules.canary import CANARY_KEY, find_token, seal_rules
 from appliance.rules.check import SourceRules, finish_rules
 from appliance.rules.command import Updater, find_updater, find_version
 from appliance.rules.merge import build_changed, build_keys, find_missing
 from appliance.rules.model import (
+    BUNDLE,
     LEFT_OUT_LIMIT,
     STARTER,
     Attempt,
@@ -88,6 +90,9 @@ class RulePipeline:
         self._suricata = suricata
         self._clock = clock
         self._store = RuleStore(settings.rules_dir)
+        self._sources_dir = self._store.root / "sources"
+        bundle = settings.rules.bundle
+        self._bundle = None if bundle is None else BundleReader(bundle, self._sources_dir)
         self._profiles = tuple(dict.fromkeys(lane.profile for lane in settings.lanes))
         self._found: dict[tuple[Profile, str], tuple[RuleInfo, ...]] = {}
         self._tokens: dict[str, str | None] = {}
@@ -159,6 +164,38 @@ class RulePipeline:
                     await self._put_in_force(one, None, lambda _: None)
         return tuple(damaged)
 
+    async def adopt_bundle(self, reload: Reload | None = None) -> SourceReport | None:
+        """Put the bundle of the appliance's disk in force, where another one is, or none.
+
+        Asks no source: of those the copies are taken that are kept. Gives what became of the bundle, None
+        where all was as it is. Raises as `update`.
+        """
+        if self._bundle is None:
+            return None
+        with self._store.lock() as staging:
+            bundled = await asyncio.to_thread(self._bundle.read)
+            if all(self._has(profile, bundled[1]) for profile in self._profiles):
+                return None
+            try:
+                updater = await self._find_updater()
+                gathered = await self._gather(updater, staging, lambda _: None, bundled)
+                floor = self._settings.rules.floor
+                built = await self._build_all(updater, gathered, staging, lambda _: None, floor)
+                for one in built:
+                    await self._put_in_force(one, reload, lambda _: None)
+            except (RulesError, CommandFailed, OSError) as fault:
+                self._note_failure(fault)
+                raise
+            return bundled[1]
+
+    def _has(self, profile: Profile, bundled: SourceReport) -> bool:
+        revision = self._store.find_linked(profile, CURRENT)
+        report = self._store.read_report(profile, revision) if revision else None
+        if report is None:
+            return False
+        found = next((one for one in report.sources if one.name == BUNDLE), None)
+        return found == bundled or (found is None and not bundled.rules and not bundled.fault)
+
     async def _build_first(self, staging: Path, wanted: Sequence[Profile]) -> list[_Built]:
         updater = await self._find_updater()
         floor = self._settings.rules.floor
@@ -211,18 +248,34 @@ class RulePipeline:
         except OSError as unwritten:
             log.error("failure of the update can't be noted", reason=reason, fault=str(unwritten))
 
-    async def _gather(self, updater: Updater, staging: Path, progress: Progress) -> Gathered:
+    async def _gather(
+        self,
+        updater: Updater,
+        staging: Path,
+        progress: Progress,
+        bundled: tuple[SourceRules, SourceReport] | None = None,
+    ) -> Gathered:
+        """Every source's rules. ``bundled``: the bundle as it was read; then no source is asked."""
         gathered: list[tuple[SourceRules, SourceReport]] = []
         starter, sources = self._settings.rules.starter, self._settings.rules.sources
-        if not starter and not sources:
+        if not starter and not sources and self._bundle is None:
             raise RulesError(
                 "there is no source of rules", "name one in rules.sources, or set rules.starter"
             )
         gathered.append(await asyncio.to_thread(read_starter, self._engine_data, wanted=starter))
-        cache = SourceCache(self._store.root / "sources", updater, self._clock)
+        offline = bundled is not None
+        if self._bundle is not None:
+            if bundled is None:
+                bundled = await asyncio.to_thread(self._bundle.read)
+            if bundled[1].rules or bundled[1].fault:
+                gathered.append(bundled)
+        cache = SourceCache(self._sources_dir, updater, self._clock)
         for number, source in enumerate(sources):
             progress(f"reading source {source.name}")
-            rules, report = await cache.read(source, staging / f"fetch-{number}")
+            if offline:
+                rules, report = await cache.read_kept(source)
+            else:
+                rules, report = await cache.read(source, staging / f"fetch-{number}")
             if report.stale:
                 progress(f"source {source.name} is stale: {report.fault}")
                 log.warning("rule source is stale", source=source.name, fault=report.fault)

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -115,6 +115,18 @@ class SourceCache:
         copy = _Copy(hashlib.sha256(data).hexdigest(), self._clock())
         self._write_copy(source, data, copy)
         return rules, self._report(source, rules, copy)
+
+    async def read_kept(self, source: RuleSource) -> tuple[SourceRules, SourceReport]:
+        """The copy that is kept, without asking the source; no rules, and told so, where there is none."""
+        try:
+            rules, report = await asyncio.to_thread(self._read_copy, source, RulesError(""))
+        except SourceUnavailable:
+            empty = SourceRules(source.name, (), (), {}, ())
+            fault = "it was never read"
+            return empty, SourceReport(
+                source.name, render_url(source), "", 0.0, rules=0, stale=True, fault=fault
+            )
+        return rules, replace(report, stale=False, fault="")
 
     def _parse(self, source: RuleSource, data: bytes) -> SourceRules:
         rules = build_source(source.name, read_rule_files(data))

@@ -1,7 +1,6 @@
 """A fake Control for the contract tests of the API and the command line: all in memory.
 
-It shows shapes, statuses and faults that the real parts can't be made to show at will; what the
-appliance really does is tested with the real ones.
+Shapes, statuses and faults that real parts can't be made to show; what the appliance does is tested with those.
 """
 
 from __future__ import annotations

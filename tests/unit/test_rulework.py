@@ -39,6 +39,9 @@ class Disk:
             raise self.faults.pop(0)
         return ()
 
+    async def adopt_bundle(self, reload: object) -> None:
+        return None
+
 
 class Told:
     """Takes events; refuses the first ``refused`` of them, as a store on a full disk."""

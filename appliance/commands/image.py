@@ -1,0 +1,498 @@
+"""`hairpin image`: verify, sign, refresh, rules, extract, update, check."""
+
+from __future__ import annotations
+
+import asyncio
+import json as jsonlib
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from pydantic import Field
+
+from appliance.api.documents import ApiDocument
+from appliance.commands import options
+from appliance.commands.output import (
+    JSON_WANTED,
+    clean,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    render_time,
+)
+from steering.errors import FieldError, HairpinError, WrongInput
+
+if (
+    TYPE_CHECKING
+):  # each command imports what it needs: starting up is most of what most of them take
+    from cryptography.x509 import Certificate as X509
+
+    from appliance.image.bundle import Bundle
+    from appliance.image.manifest import Manifest
+    from appliance.image.update import Release
+
+app = typer.Typer(
+    help="Verify an image that does not run, refresh its rules, update the appliance.",
+    no_args_is_help=True,
+)
+
+Image = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A disk: raw, qcow2 or a block device.")
+]
+Certificates = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--certificate",
+        metavar="CERT",
+        help="Certificates (PEM) that are trusted; may be given again. On an appliance: its own.",
+    ),
+]
+Key = Annotated[
+    Path, typer.Option("--key", metavar="KEY", help="Private key (PEM): RSA, ECDSA or Ed25519.")
+]
+Certificate = Annotated[
+    Path, typer.Option("--certificate", metavar="CERT", help="The key's certificate (PEM).")
+]
+Ran = Annotated[
+    bool,
+    typer.Option(
+        "--ran", help="An appliance has run on it: what it writes itself is not measured."
+    ),
+]
+Suricata = Annotated[
+    Path, typer.Option("--suricata", metavar="PROGRAM", help="What the rules are tried with.")
+]
+
+AGE_NOTED_DAYS = 30
+OWN_CERTIFICATE = Path("/usr/lib/hairpin/image.crt")
+"""In the root of an image: whose versions and rules it takes."""
+
+
+class ImageFinding(ApiDocument):
+    place: str
+    status: Literal["ok", "changed", "unsigned", "unexpected", "missing", "state"]
+    detail: str = ""
+    signer: str = ""
+
+
+class ImageReport(ApiDocument):
+    """What `hairpin image verify --json` prints. ``good``: everything is as it was signed."""
+
+    good: bool
+    versions: tuple[str, ...]
+    findings: tuple[ImageFinding, ...]
+
+
+class BundleSourceReport(ApiDocument):
+    name: str
+    sha256: str
+
+
+class BundleReport(ApiDocument):
+    """What `image rules` and `image refresh` print. ``serial`` 0: there is no bundle."""
+
+    serial: int = 0
+    created: datetime | None = None
+    age_days: float | None = None
+    rules: int = 0
+    size: int = 0
+    signer: str = ""
+    sources: tuple[BundleSourceReport, ...] = ()
+    faults: tuple[str, ...] = ()
+    loaded: Mapping[str, int] = Field(default_factory=dict)
+    left_out: int = 0
+
+
+class SignReport(ApiDocument):
+    """What `image sign` prints."""
+
+    manifest: str
+    version: str
+    files: int
+
+
+class ReleaseReport(ApiDocument):
+    """What `image extract` and `image update` print."""
+
+    version: str
+    root_hash: str
+    signer: str
+    files: tuple[str, ...] = ()
+    written: bool = False
+
+
+class BootReport(ApiDocument):
+    """What `image check` prints. ``trial``: the boot loader still counts the tries of this version."""
+
+    passed: bool
+    trial: bool
+    lacking: tuple[str, ...] = ()
+
+
+def _note(text: str) -> None:
+    if not JSON_WANTED.get():
+        print_note(f"{text} ...")
+
+
+@app.command("verify")
+def verify(
+    file: Image,
+    certificate: Certificates = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest",
+            metavar="FILE",
+            help="What `image sign` made. Without it, what has no signature of its own is told as unsigned.",
+        ),
+    ] = None,
+    ran: Ran = False,
+    json: options.Json = False,
+) -> None:
+    """Tell every difference between an image and what was signed; status 1 if there is one."""
+    from appliance.image.disk import open_to_read
+    from appliance.image.verify import Wanted, verify_image
+
+    trusted = _read_trusted(certificate)
+    told = None if manifest is None else _read_manifest(manifest, trusted)
+    with open_to_read(file, _note) as disk:
+        verdict = verify_image(disk, Wanted(trusted, told, ran), _note)
+    if json:
+        findings = tuple(
+            ImageFinding(
+                place=one.place, status=one.status.value, detail=one.detail, signer=one.signer
+            )
+            for one in verdict.findings
+        )
+        print_json(ImageReport(good=verdict.good, versions=verdict.versions, findings=findings))
+    else:
+        rows = [(one.status, one.place, one.detail, one.signer) for one in verdict.findings]
+        print_table(("status", "what", "found", "signed by"), rows, "nothing was found")
+        bad = sum(not one.good for one in verdict.findings)
+        print_line("everything is as it was signed" if verdict.good else f"{bad} differences")
+    if not verdict.good:
+        raise typer.Exit(1)
+
+
+def _read_trusted(paths: list[Path] | None) -> tuple[X509, ...]:
+    from appliance.image.signing import read_certificates
+
+    if not paths and not OWN_CERTIFICATE.exists():
+        raise WrongInput(
+            [FieldError("--certificate", "must be given: who is trusted to have signed?")]
+        )
+    paths = paths or [OWN_CERTIFICATE]
+    return tuple(one for path in paths for one in read_certificates(path))
+
+
+@app.command("sign")
+def sign(
+    file: Image,
+    key: Key,
+    certificate: Certificate,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE", help="The manifest's file; FILE.manifest if none."
+        ),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Write the signed manifest of an image as it was built, for `image verify --manifest`."""
+    from appliance.image.disk import open_to_read
+    from appliance.image.sealing import build_from
+    from appliance.image.signing import read_pair
+
+    pair = read_pair(key, certificate)
+    target = output or file.with_name(f"{file.name}.manifest")
+    with open_to_read(file, _note) as disk:
+        sealed, manifest = build_from(disk, pair[0], pair[1], time.time(), _note)
+    _write_new(target, sealed)
+    report = SignReport(manifest=str(target), version=manifest.version, files=len(manifest.files))
+    if json:
+        return print_json(report)
+    print_line(f"{target}: version {report.version}, {report.files} files of the boot partition")
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError as fault:
+        raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
+
+
+def _read_manifest(path: Path, trusted: tuple[X509, ...]) -> Manifest:
+    from appliance.image.manifest import MANIFEST_LIMIT, open_manifest
+
+    try:
+        with open(path, "rb") as opened:
+            data = opened.read(MANIFEST_LIMIT + 1)
+    except OSError as fault:
+        raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
+    return open_manifest(data, trusted)[0]
+
+
+@app.command("refresh")
+def refresh(
+    file: Image,
+    rules: Annotated[
+        Path,
+        typer.Option(
+            "--rules",
+            metavar="PATH",
+            help="A rule file, an archive of them, or a directory of both.",
+        ),
+    ],
+    key: Key,
+    certificate: Certificate,
+    serial: Annotated[
+        int | None,
+        typer.Option("--serial", min=1, help="Its serial number; the time in seconds if none."),
+    ] = None,
+    suricata: Suricata = Path("/usr/bin/suricata"),
+    json: options.Json = False,
+) -> None:
+    """Put new rules into an image that does not run: tried by Suricata, signed, written twice, read back."""
+    from appliance.image import refresh as work
+    from appliance.image.disk import open_to_write
+    from appliance.image.signing import read_pair
+    from appliance.paths import find_engine_data
+
+    pair = read_pair(key, certificate)
+    given = work.read_rules(rules)
+    with tempfile.TemporaryDirectory(prefix="hairpin-rules-") as scratch:
+        tried = asyncio.run(
+            work.try_rules(given, find_engine_data(), suricata, Path(scratch), _note)
+        )
+    now = time.time()
+    with open_to_write(file) as disk:
+        partition = work.find_rules_partition(disk)
+        before = work.read_before(partition.of(disk), pair[1])
+        least = work.choose_serial(before, now)
+        if serial is not None and before and serial <= before.bundle.header.serial:
+            reason = f"the image has {before.bundle.header.serial} already, and it only grows"
+            raise WrongInput([FieldError("--serial", reason)])
+        _, encoded = work.sign_bundle(tried, pair[0], pair[1], serial or least, now)
+        _note("writing the rules")
+        written = work.write_bundle(disk, partition, encoded, pair[1])
+    report = _build_bundle_report(written, (), now).model_copy(
+        update={"loaded": dict(tried.loaded), "left_out": tried.left_out_count}
+    )
+    if json:
+        return print_json(report)
+    for one in tried.left_out[:20]:
+        print_note(f"left out: sid {one.sid or '-'}: {clean(one.reason)}")
+    _print_bundle(report)
+
+
+def _build_bundle_report(bundle: Bundle, faults: tuple[str, ...], now: float) -> BundleReport:
+    header = bundle.header
+    return BundleReport(
+        serial=header.serial,
+        created=header.created,
+        age_days=round((now - header.created.timestamp()) / 86400, 2),
+        rules=header.rules,
+        size=header.payload_size,
+        signer=bundle.signer,
+        sources=tuple(
+            BundleSourceReport(name=one.name, sha256=one.sha256) for one in header.sources
+        ),
+        faults=faults,
+    )
+
+
+def _print_bundle(report: BundleReport) -> None:
+    if not report.serial:
+        print_line("no rules bundle: the starter rules of the root are used")
+        return
+    age = f"{report.age_days:.0f} days old" if report.age_days is not None else ""
+    print_line(f"serial {report.serial}, made {render_time(report.created)}, {age}")
+    print_line(f"{report.rules} rules, {report.size} bytes, signed by {clean(report.signer)}")
+    for name, count in sorted(report.loaded.items()):
+        print_line(f"{name}: {count} rules load, {report.left_out} left out")
+    for one in report.sources:
+        print_line(f"from {clean(one.name)}, SHA-256 {one.sha256}")
+    for fault in report.faults:
+        print_note(f"warning: {clean(fault)}")
+    if report.age_days is not None and report.age_days > AGE_NOTED_DAYS:
+        print_note(f"warning: older than {AGE_NOTED_DAYS} days")
+
+
+@app.command("rules")
+def show_rules(file: Image, certificate: Certificates = None, json: options.Json = False) -> None:
+    """Show which rules bundle an image has, who signed it, and how old it is."""
+    from appliance.image.disk import open_to_read
+    from appliance.image.refresh import read_partition
+
+    trusted = _read_trusted(certificate)
+    with open_to_read(file, _note) as disk:
+        read = read_partition(disk, trusted)
+    report = BundleReport()
+    if read is not None:
+        report = _build_bundle_report(read.bundle, read.faults, datetime.now(UTC).timestamp())
+    if json:
+        return print_json(report)
+    _print_bundle(report)
+
+
+@app.command("extract")
+def extract(
+    file: Image,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="An empty directory, or one to be made.")
+    ],
+    certificate: Certificates = None,
+    json: options.Json = False,
+) -> None:
+    """Write the parts of an image that an appliance is updated with, and check them."""
+    from appliance.image.disk import open_to_read
+    from appliance.image.update import check_release
+    from appliance.image.update import extract as take_out
+
+    trusted = _read_trusted(certificate)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with open_to_read(file, _note) as disk:
+            files = take_out(disk, output, _note)
+    except OSError as fault:
+        raise WrongInput([FieldError(str(output), fault.strerror or str(fault))]) from fault
+    release = check_release(files, trusted, _note)
+    _print_release(release, json, written=False, text=f"version {release.version} in {output}")
+
+
+def _print_release(release: Release, json: bool, *, written: bool, text: str) -> None:
+    if json:
+        names = tuple(path.name for path in release.files.values())
+        return print_json(
+            ReleaseReport(
+                version=release.version,
+                root_hash=release.root_hash,
+                signer=release.signer,
+                files=names,
+                written=written,
+            )
+        )
+    print_line(text)
+    print_line(f"signed by {clean(release.signer)}")
+
+
+@app.command("update")
+def update(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A signed image, or what `image extract` wrote."),
+    ],
+    certificate: Certificates = None,
+    disk: Annotated[
+        Path | None,
+        typer.Option("--disk", metavar="DEVICE", help="The appliance's disk; found if not given."),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """On the appliance, as root: write a newer version beside the one that runs; it is tried at the next boot."""
+    from appliance.image import update as work
+    from appliance.image.disk import open_device_to_read
+
+    if os.geteuid() != 0:
+        raise HairpinError("only root may write a new version", "run it as root")
+    trusted = _read_trusted(certificate)
+    running = _find_running_version()
+    device = disk or work.find_disk()
+    with work.stage(source, work.STAGING, _note) as files:
+        release = work.check_release(files, trusted, _note)
+        work.check_newer(release, running)
+        work.name_for_sysupdate(release)
+        _note(f"writing version {release.version}")
+        work.run_sysupdate(release.version)
+        with open_device_to_read(device) as written:
+            work.check_written(written, release, trusted, _note)
+    text = f"version {release.version} is written; it is tried at the next boot: `systemctl reboot`"
+    _print_release(release, json, written=True, text=text)
+
+
+def _find_running_version() -> str:
+    try:
+        text = Path("/etc/os-release").read_text(encoding="utf-8", errors="replace")
+    except OSError as fault:
+        raise HairpinError(f"/etc/os-release: {fault.strerror}") from fault
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        if name == "IMAGE_VERSION" and value:
+            return value.strip("\"'")
+    raise HairpinError("this is no appliance image", "an image is updated on the appliance itself")
+
+
+@app.command("check")
+def check(
+    seconds: Annotated[
+        int, typer.Option("--seconds", min=1, max=3600, help="How long it may take.")
+    ] = 180,
+    faults_file: Annotated[
+        Path | None,
+        typer.Option("--faults", metavar="FILE", help="What the first boot found wrong, as JSON."),
+    ] = None,
+    canary: Annotated[
+        bool, typer.Option("--canary/--no-canary", help="Have every lane block its canary.")
+    ] = True,
+    always: Annotated[
+        bool, typer.Option("--always", help="Also when the boot loader has nothing on trial.")
+    ] = False,
+    json: options.Json = False,
+    url: options.Url = None,
+    token_file: options.TokenFile = None,
+) -> None:
+    """After a boot: does every lane forward, and block its canary? Status 1 sends a version on trial back."""
+    from appliance.client import open_client
+    from appliance.image import bootcheck
+
+    boot = bootcheck.read_boot()
+    if not always and not (boot.trial and boot.others):
+        why = "no other version to go back to" if boot.trial else "this version is not on trial"
+        _print_boot(BootReport(passed=True, trial=boot.trial), json, f"nothing to check: {why}")
+        return
+    verdict = bootcheck.judge_faults(_read_faults(faults_file))
+    if verdict.passed:
+        # Opened anew each time: the service makes its token when it starts first.
+        verdict = bootcheck.wait_until_good(
+            lambda: open_client(url, token_file).read_health(),
+            (lambda: open_client(url, token_file).prove_lanes()) if canary else None,
+            seconds,
+        )
+    report = BootReport(passed=verdict.passed, trial=boot.trial, lacking=verdict.lacking)
+    _print_boot(report, json, "every lane forwards" + (" and blocks its canary" if canary else ""))
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _read_faults(path: Path | None) -> tuple[str, ...]:
+    if path is None or not path.exists():
+        return ()
+    try:
+        document = jsonlib.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError) as fault:
+        return (f"{path}: {fault}",)
+    listed = document.get("faults") if isinstance(document, dict) else None
+    if not isinstance(listed, list):
+        return (f"{path}: not what the first boot writes",)
+    return tuple(_render_fault(one)[:300] for one in listed)
+
+
+def _render_fault(fault: object) -> str:
+    return f"{fault.get('path')}: {fault.get('reason')}" if isinstance(fault, dict) else str(fault)
+
+
+def _print_boot(report: BootReport, json: bool, text: str) -> None:
+    if json:
+        return print_json(report)
+    if report.passed:
+        print_line(text)
+    for one in report.lacking:
+        print_line(f"lacking: {clean(one)}")

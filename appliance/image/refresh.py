@@ -1,0 +1,254 @@
+"""New rules for an image that does not run: read, bound, check, try, sign, write, read back.
+
+The trial is the one of the appliance itself: its whole rule pipeline, with a real `suricata -T`, for both profiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+from cryptography.x509 import Certificate
+
+from appliance.image.bundle import (
+    BLOCK,
+    SLOTS,
+    Bundle,
+    BundleSource,
+    Header,
+    NoBundle,
+    Read,
+    build_header,
+    encode_slot,
+    find_slot,
+    pack_rules,
+    parse_slot,
+    read_bundle,
+    slot_size,
+)
+from appliance.image.disk import Writable
+from appliance.image.gpt import Partition, read_table
+from appliance.image.layout import find_layout
+from appliance.image.model import Damaged, ImageError, Part, Progress, Source, find_nonzero
+from appliance.image.signing import PrivateKey, build_key_id, sign
+from appliance.rules.archive import ARCHIVE_LIMIT, MEMBER_LIMIT, UNPACKED_LIMIT, read_rule_files
+from appliance.rules.check import build_source
+from appliance.rules.model import LeftOut, RulesError, UpdateReport
+from appliance.rules.pipeline import RulePipeline
+from appliance.settings import Settings
+from steering.errors import FieldError, WrongInput
+
+log = structlog.get_logger("image")
+
+NAME = "bundle"
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class RuleFiles:
+    """Rules as they were given: what they are from, and each rule file's name and content."""
+
+    sources: tuple[BundleSource, ...]
+    files: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """Rules that passed: packed, and what the trial said of them. ``loaded`` by profile."""
+
+    payload: bytes = field(repr=False)
+    sources: tuple[BundleSource, ...]
+    rules: int
+    loaded: tuple[tuple[str, int], ...]
+    left_out: tuple[LeftOut, ...]
+    left_out_count: int
+
+
+def read_rules(path: Path) -> RuleFiles:
+    """A rule file, an archive (tar, tar.gz, zip), or all of those in a directory, by name.
+
+    Raises WrongInput, RulesError.
+    """
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(one for one in path.iterdir() if one.name.endswith(_ENDINGS))
+    if not paths or len(paths) > MEMBER_LIMIT:
+        raise WrongInput(
+            [FieldError(str(path), f"{len(paths)} rule files; 1 to {MEMBER_LIMIT} are read")]
+        )
+    sources, files = [], []
+    left = UNPACKED_LIMIT
+    for one in paths:
+        data = _read_bounded(one)
+        sources.append(BundleSource(name=one.name[-200:], sha256=hashlib.sha256(data).hexdigest()))
+        for name, content in read_rule_files(data):
+            left -= len(content)
+            if left < 0:
+                raise RulesError(f"{path} has more than {UNPACKED_LIMIT} bytes", "leave some out")
+            files.append((one.name if name == "source.rules" else name, content))
+    return RuleFiles(tuple(sources), tuple(files))
+
+
+_ENDINGS = (".rules", ".tar.gz", ".tgz", ".tar", ".zip")
+
+
+def _read_bounded(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as opened:
+            data = opened.read(ARCHIVE_LIMIT + 1)
+    except OSError as fault:
+        raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
+    if len(data) > ARCHIVE_LIMIT:
+        raise RulesError(f"{path} is larger than {ARCHIVE_LIMIT} bytes", "leave some out")
+    return data
+
+
+async def try_rules(
+    given: RuleFiles, engine_data: Path, suricata: Path, work: Path, progress: Progress
+) -> Tried:
+    """Put the rules through the appliance's own pipeline, in ``work``. Raises RulesError, CommandFailed.
+
+    Rules that a source may not have, and those that Suricata refuses, are left out by the appliance in the same way.
+    """
+    payload = pack_rules(given.files)
+    checked = build_source(NAME, read_rule_files(payload))
+    if not checked.enabled:
+        raise RulesError(
+            "there is no rule that is enabled and passes the checks", "see docs/rules.md"
+        )
+    packed = work / "bundle.tar.gz"
+    packed.write_bytes(payload)
+    pipeline = RulePipeline(build_trial_settings(work, packed), engine_data, None, suricata)
+    report: UpdateReport = await pipeline.update(progress)
+    left_out = [one for profile in report.profiles for one in profile.left_out]
+    return Tried(
+        payload=payload,
+        sources=given.sources,
+        rules=len(checked.enabled),
+        loaded=tuple((str(one.profile), one.loaded) for one in report.profiles),
+        left_out=tuple(dict.fromkeys(left_out)),
+        left_out_count=max(one.left_out_count for one in report.profiles),
+    )
+
+
+def build_trial_settings(work: Path, packed: Path) -> Settings:
+    """Two lanes that nobody runs, so that each profile's ruleset is made."""
+
+    def lane(number: int, profile: str) -> dict[str, object]:
+        legs = {
+            f"leg{side}": {"interface": f"t{number}{side}", "device": f"t{number}{side}"}
+            for side in "AB"
+        }
+        return {"profile": profile, "vlan": 100 + number, "queues": [number], **legs}
+
+    return Settings.model_validate(
+        {
+            "stateDir": str(work / "state"),
+            "runDir": str(work / "run"),
+            "lanes": [lane(0, "prevent"), lane(1, "detect")],
+            "rules": {"sources": [{"name": NAME, "url": packed.absolute().as_uri()}]},
+        }
+    )
+
+
+def find_rules_partition(disk: Source) -> Partition:
+    """Raises Damaged, also where the partition table is not wholly well: nothing is written by it."""
+    table = read_table(disk)
+    if not table.whole:
+        raise Damaged(f"the partition table: {table.faults[0]}", "see `hairpin image verify`")
+    found = find_layout(table).rules
+    if found is None:
+        raise Damaged("there is no partition for rules", "is it an image of Hairpin?")
+    return found
+
+
+def choose_serial(before: Read | None, now: float) -> int:
+    """The time, or one more than what is there already."""
+    return max(int(now), 1, before.bundle.header.serial + 1 if before else 0)
+
+
+def read_before(partition: Source, certificate: Certificate) -> Read | None:
+    """What stands there by the same key; None where nothing does, or it is not to be read."""
+    with contextlib.suppress(ImageError):
+        return read_bundle(partition, (certificate,))
+    return None
+
+
+def sign_bundle(
+    tried: Tried, key: PrivateKey, certificate: Certificate, serial: int, now: float
+) -> tuple[Header, bytes]:
+    """The header, and the bytes of a slot."""
+    header = build_header(
+        tried.payload,
+        serial=serial,
+        created=now,
+        sources=tried.sources,
+        rules=tried.rules,
+        key_id=build_key_id(certificate),
+    )
+    text = header.encode()
+    return header, encode_slot(text, sign(key, text), tried.payload)
+
+
+def write_bundle(
+    disk: Writable, partition: Partition, encoded: bytes, certificate: Certificate
+) -> Bundle:
+    """Write both slots, one after the other, and read them back. Raises ImageError.
+
+    Whenever it is cut off, one slot is whole: the one that is not is written first.
+    """
+    place = partition.of(disk)
+    if len(encoded) > slot_size(place.size):
+        raise ImageError(
+            f"the bundle is {len(encoded)} bytes, and a copy has {slot_size(place.size)}",
+            "leave some rules out",
+        )
+    for number in sorted(range(SLOTS), key=lambda one: _is_whole(place, one, certificate)):
+        _write_slot(disk, partition, number, encoded)
+    read = read_bundle(place, (certificate,))
+    if read.faults or encoded != find_slot(place, 0).read(0, len(encoded)):
+        raise ImageError(
+            f"it reads back otherwise: {'; '.join(read.faults) or 'other bytes'}", "check the disk"
+        )
+    return read.bundle
+
+
+def _is_whole(place: Part, number: int, certificate: Certificate) -> tuple[bool, int]:
+    try:
+        found = parse_slot(find_slot(place, number), (certificate,))
+    except ImageError:
+        return False, 0
+    return True, found.header.serial
+
+
+def _write_slot(disk: Writable, partition: Partition, number: int, encoded: bytes) -> None:
+    slot = find_slot(partition.of(disk), number)
+    start = partition.offset + number * slot.size
+    # The first block last: until then there is no bundle.
+    disk.write(start, bytes(BLOCK))
+    for at in range(BLOCK, len(encoded), _CHUNK):
+        disk.write(start + at, encoded[at : at + _CHUNK])
+    for at, size in _find_stale(slot, max(BLOCK, len(encoded))):
+        disk.write(start + at, bytes(size))
+    disk.write(start, encoded[:BLOCK])
+    log.info("rules bundle written", slot=number, size=len(encoded))
+
+
+def _find_stale(slot: Part, end: int) -> Iterator[tuple[int, int]]:
+    """Stretches that an earlier, longer bundle left."""
+    for at in range(end, slot.size, _CHUNK):
+        size = min(_CHUNK, slot.size - at)
+        if find_nonzero(slot, at, size) is not None:
+            yield at, size
+
+
+def read_partition(disk: Source, trusted: Sequence[Certificate], floor: int = 0) -> Read | None:
+    """The bundle of an image; None where there is none yet. Raises ImageError."""
+    try:
+        return read_bundle(find_rules_partition(disk).of(disk), trusted, floor)
+    except NoBundle:
+        return None

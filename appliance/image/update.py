@@ -1,0 +1,247 @@
+"""A new version beside the one that runs: checked, staged, and written by systemd-sysupdate into the empty root.
+
+A release is a signed image, or a directory with its four parts as mkosi and `hairpin image extract` name them. The
+parts need no signature of their own: the kernel is signed and names its root, the root hash is signed, and the tree
+leads from it to each block. They are copied first and checked then, so that what was checked is what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from cryptography.x509 import Certificate
+
+from appliance.image.disk import open_to_read
+from appliance.image.fat import read_tree
+from appliance.image.gpt import read_table
+from appliance.image.layout import RootSet, find_layout
+from appliance.image.model import Damaged, ImageError, Progress, Source
+from appliance.image.signing import check_detached, render_name
+from appliance.image.verify import KERNELS, check_kernel
+from appliance.image.verity import check_tree, parse_signature, parse_superblock
+from steering.errors import CommandFailed, FieldError, WrongInput
+from steering.run import run
+
+log = structlog.get_logger("image")
+
+SYSUPDATE = Path("/usr/lib/systemd/systemd-sysupdate")
+DEFINITIONS = Path("/usr/lib/hairpin/sysupdate.d")
+STAGING = Path("/var/lib/hairpin-update")
+WRITE_SECONDS = 1800.0
+ARCHITECTURE = "x86-64"
+PARTS = {
+    "root": f"root-{ARCHITECTURE}.raw",
+    "tree": f"root-{ARCHITECTURE}-verity.raw",
+    "signature": f"root-{ARCHITECTURE}-verity-sig.raw",
+    "kernel": "efi",
+}
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.~^-]{0,19}")
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A release that was checked. ``files`` by the names of PARTS."""
+
+    version: str
+    root_hash: str
+    signer: str
+    files: dict[str, Path]
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """The partitions' numbers: root and tree are found by the halves of the root hash."""
+        halves = {"root": self.root_hash[:32], "tree": self.root_hash[-32:]}
+        numbers = {name: str(uuid.UUID(half)) for name, half in halves.items()}
+        return {**numbers, "signature": str(uuid.uuid5(uuid.NAMESPACE_OID, self.root_hash))}
+
+
+def find_parts(directory: Path) -> dict[str, Path]:
+    """The four parts of the one release in a directory. Raises WrongInput."""
+    found: dict[str, list[Path]] = {name: [] for name in PARTS}
+    for path in sorted(directory.iterdir()):
+        for name, ending in PARTS.items():
+            if path.name.startswith("hairpin_") and path.name.endswith(f".{ending}"):
+                found[name].append(path)
+    faults = [
+        FieldError(
+            str(directory), f"{len(paths)} files hairpin_VERSION.{PARTS[name]}; one is wanted"
+        )
+        for name, paths in found.items()
+        if len(paths) != 1
+    ]
+    if faults:
+        raise WrongInput(faults, "make it with `hairpin image extract`")
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def check_release(
+    files: dict[str, Path], trusted: Sequence[Certificate], progress: Progress
+) -> Release:
+    """Raises NotTrusted, Damaged, ImageError: then nothing of it is to be used."""
+    with contextlib.ExitStack() as opened:
+        part = {
+            name: opened.enter_context(open_to_read(path, progress)) for name, path in files.items()
+        }
+        kernel, signer = check_kernel(part["kernel"], files["kernel"].name, trusted)
+        told = parse_signature(part["signature"].read(0, min(part["signature"].size, _CHUNK)))
+        certificate = check_detached(told.signature, told.root_hash.encode(), trusted)
+        if kernel.root_hash != told.root_hash:
+            raise Damaged("the kernel was signed for another root")
+        if not _VERSION.fullmatch(kernel.version):
+            raise Damaged(f"the kernel names its version {kernel.version!r}")
+        block = parse_superblock(part["tree"].read(0, 512), part["root"].size, part["tree"].size)
+        for damage in check_tree(part["root"], part["tree"], block, told.root_hash, progress):
+            raise Damaged(f"the root's {damage.what} is not what was signed: {damage}")
+    log.info("release checked", version=kernel.version, signer=render_name(certificate))
+    return Release(kernel.version, told.root_hash, signer, dict(files))
+
+
+def extract(disk: Source, target: Path, progress: Progress) -> dict[str, Path]:
+    """The parts of an image's newest release, as files. They are not checked yet. Raises ImageError, OSError."""
+    layout = find_layout(read_table(disk))
+    full = [root for root in layout.roots if not root.empty]
+    if len(full) != 1:
+        raise ImageError(f"the image has {len(full)} versions", "take an image as it was built")
+    kernels = [
+        file
+        for file in read_tree(layout.esp.of(disk)).files
+        if file.path.upper().startswith(KERNELS) and file.path.upper().endswith(".EFI")
+    ]
+    if len(kernels) != 1:
+        raise ImageError(f"the image has {len(kernels)} kernels", "take an image as it was built")
+    version = full[0].root.name.rpartition("_")[2]
+    if not _VERSION.fullmatch(version):
+        raise ImageError(f"the root's label {full[0].root.name!r} has no version")
+    files = {name: target / f"hairpin_{version}.{ending}" for name, ending in PARTS.items()}
+    sources: dict[str, Source] = {**_find_sources(disk, full[0]), "kernel": kernels[0]}
+    for name, path in files.items():
+        progress(f"writing {path.name}")
+        _write_sparse(sources[name], path)
+    return files
+
+
+def _find_sources(disk: Source, root: RootSet) -> dict[str, Source]:
+    return {
+        "root": root.root.of(disk),
+        "tree": root.tree.of(disk),
+        "signature": root.signature.of(disk),
+    }
+
+
+def _write_sparse(source: Source, path: Path) -> None:
+    with open(path, "xb") as opened:
+        for at in range(0, source.size, _CHUNK):
+            piece = source.read(at, min(_CHUNK, source.size - at))
+            if piece.count(0) == len(piece):
+                opened.seek(len(piece), 1)
+            else:
+                opened.write(piece)
+        opened.truncate(source.size)
+
+
+@contextlib.contextmanager
+def stage(source: Path, staging: Path, progress: Progress) -> Iterator[dict[str, Path]]:
+    """The parts of a release, copied where only root can write. Raises WrongInput, ImageError."""
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(mode=0o700, parents=True)
+    try:
+        if source.is_dir():
+            copied = {}
+            for name, path in find_parts(source).items():
+                with open_to_read(path, progress) as part:
+                    copied[name] = staging / path.name
+                    _write_sparse(part, copied[name])
+            yield copied
+        else:
+            with open_to_read(source, progress) as disk:
+                files = extract(disk, staging, progress)
+            yield files
+    except OSError as fault:
+        reason = f"the release can't be staged: {fault.strerror or fault}"
+        raise ImageError(reason, f"free space under {staging.parent}") from fault
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def name_for_sysupdate(release: Release) -> dict[str, Path]:
+    """Rename the staged parts as image-build/update/*.transfer look for them: with version and number."""
+    named = {}
+    for name, path in release.files.items():
+        number = release.numbers.get(name)
+        middle = f"{release.version}_{number}" if number else release.version
+        named[name] = path.rename(path.with_name(f"hairpin_{middle}.{name}"))
+    return named
+
+
+def compare_versions(one: str, other: str) -> int:
+    """-1, 0 or 1, as systemd and Debian order versions (`systemd-analyze compare-versions`). Raises CommandFailed."""
+    ended = run(["systemd-analyze", "compare-versions", one, other], check=False)
+    verdict = {0: 0, 11: 1, 12: -1}.get(ended.status)
+    if verdict is None:
+        raise CommandFailed("systemd-analyze compare-versions", ended.status, ended.stderr)
+    return verdict
+
+
+def check_newer(release: Release, running: str) -> None:
+    """Raises ImageError for a version that is not newer than the running one: old faults are not to come back."""
+    if compare_versions(release.version, running) <= 0:
+        raise ImageError(
+            f"version {release.version} is not newer than {running}, which runs",
+            "to go back to the version before, choose it in the boot menu",
+        )
+
+
+def run_sysupdate(
+    version: str, sysupdate: Path = SYSUPDATE, definitions: Path = DEFINITIONS
+) -> str:
+    """Write it. systemd-sysupdate takes the root that does not run, and marks it as whole last. Raises ImageError."""
+    if not sysupdate.exists():
+        raise ImageError(f"there is no {sysupdate}", "this is done on the appliance itself")
+    argv = [
+        str(sysupdate),
+        f"--definitions={definitions}",
+        "--verify=no",
+        "--no-pager",
+        "update",
+        version,
+    ]
+    return run(argv, timeout=WRITE_SECONDS).stdout
+
+
+def find_disk(label: Path = Path("/dev/disk/by-partlabel/hairpin-rules")) -> Path:
+    """The disk that the appliance runs on, by a partition of its. Raises ImageError."""
+    try:
+        partition = label.resolve(strict=True)
+        parent = Path("/sys/class/block", partition.name).resolve(strict=True).parent
+    except OSError as fault:
+        raise ImageError(f"{label}: {fault.strerror}", "name the disk with --disk") from fault
+    return Path("/dev", parent.name)
+
+
+def check_written(
+    disk: Source, release: Release, trusted: Sequence[Certificate], progress: Progress
+) -> None:
+    """Read back what was written, all of it. Raises ImageError."""
+    layout = find_layout(read_table(disk))
+    numbers = release.numbers
+    found = next((one for one in layout.roots if one.root.guid == numbers["root"]), None)
+    if found is None or found.tree.guid != numbers["tree"]:
+        raise ImageError(
+            "the new root is not there", "see `journalctl`; the running version goes on"
+        )
+    parts = _find_sources(disk, found)
+    told = parse_signature(parts["signature"].read(0, min(parts["signature"].size, _CHUNK)))
+    check_detached(told.signature, release.root_hash.encode(), trusted)
+    block = parse_superblock(parts["tree"].read(0, 512), parts["root"].size, parts["tree"].size)
+    for damage in check_tree(parts["root"], parts["tree"], block, release.root_hash, progress):
+        raise ImageError(
+            f"the new root's {damage.what} was not written well: {damage}", "update again"
+        )
