@@ -65,6 +65,6 @@ _GUARDED = re.compile(r"dl_src=((?:[0-9a-f]{2}:){5}[0-9a-f]{2})")
 
 
 def find_moved_ports(owners: Mapping[int, str], ports: Iterable[Port]) -> tuple[int, ...]:
-    """Of ``owners`` (vm-id by ofport) the ofports that are gone or now another VM's: what was learned of them is void."""
+    """Of ``owners`` (vm-id by ofport) the ofports that are gone or now another VM's: what was learned is void."""
     now = {port.ofport: port.vm_id for port in ports}
     return tuple(ofport for ofport, owner in owners.items() if now.get(ofport) != owner)
