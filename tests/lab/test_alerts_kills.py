@@ -47,7 +47,6 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 @pytest.mark.lab
-@pytest.mark.side_by_side
 @pytest.mark.slow
 def test_kills_of_both_sides_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     directory, database = tmp_path / "prevent", tmp_path / "hairpin.db"

@@ -131,23 +131,27 @@ def request(address: str, path: str, header: str) -> bool:
 
 def measure(told: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """``targets`` (addresses), ``sizes`` of IP packets, ``benign`` and ``hostile`` headers."""
-    sizes, kinds = told["sizes"], ("benign", "hostile")
-    # At the same time: most of what is broken is known by its silence.
-    probes: dict[str, Callable[[str], object]] = {
+    sizes = told["sizes"]
+    # Silence tells what is broken, so these are waited for at the same time; datagrams by themselves
+    # first: nothing sends them again when a burst loses a fragment.
+    streams: dict[str, Callable[[str], object]] = {
         "transfer": transfer,
-        "whole": lambda address: send_datagrams(address, sizes, whole=True),
-        "fragmented": lambda address: send_datagrams(address, [*sizes, 4000], whole=False),
-        **{kind: partial(request, path=f"/{kind}", header=told[kind]) for kind in kinds},
+        "benign": partial(request, path="/benign", header=told["benign"]),
+        "hostile": partial(request, path="/hostile", header=told["hostile"]),
     }
-    with ThreadPoolExecutor(len(probes) * len(told["targets"])) as pool:
-        running = {
-            address: {name: pool.submit(probe, address) for name, probe in probes.items()}
-            for address in told["targets"]
+
+    def one(address: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "whole": send_datagrams(address, sizes, whole=True),
+            "fragmented": send_datagrams(address, [*sizes, 4000], whole=False),
         }
-        return {
-            address: {name: one.result() for name, one in its.items()}
-            for address, its in running.items()
-        }
+        with ThreadPoolExecutor(len(streams)) as pool:
+            running = {name: pool.submit(probe, address) for name, probe in streams.items()}
+        return found | {name: probe.result() for name, probe in running.items()}
+
+    targets: list[str] = told["targets"]
+    with ThreadPoolExecutor(len(targets)) as pool:
+        return dict(zip(targets, pool.map(one, targets), strict=True))
 
 
 # Outside: the lab's links
