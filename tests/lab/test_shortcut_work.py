@@ -236,6 +236,9 @@ async def test_what_went_uninspected_is_counted_over_restarts_of_service_and_swi
     (account, quiet) = world.build_work(after).build_accounts()
     assert (account.policy, account.open, account.limit) == ("backup", 1, 20)
     assert (quiet.policy, quiet.connections) == ("quiet", 0)
+    last = world.build_watch()  # what the switch has forgotten stands in the store
+    await last.load()
+    assert last.book.accounts[KEY] == Account(3, 7, 7 * FRAME)
 
 
 async def test_a_connection_that_lived_for_a_moment_only_is_counted(
