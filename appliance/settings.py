@@ -112,7 +112,7 @@ class SwitchSettings(Document):
     vswitchd: AbsolutePath | None = Field(
         default=None,
         description="ovs-vswitchd's control socket, for `ofproto/trace`, or its pid file, by which the "
-        "socket is found; none over the network.",
+        "socket is found; over the network none, a copy of the switch is asked (docs/coverage.md).",
     )
     tls: SwitchTls | None = Field(
         default=None, description="Certificates; needed by `ssl:`, and by nothing else."
@@ -456,6 +456,11 @@ class Settings(Document):
     def inspection_state(self) -> Path:
         """What `hairpin inspect` last published: engines, dialect, faults (JSON, replaced atomically)."""
         return self.run_dir / "inspection.json"
+
+    @property
+    def replica_dir(self) -> Path:
+        """The copy of a switch that is reached over the network, for traces."""
+        return self.state_dir / "replica"
 
     @property
     def canary_socket(self) -> Path:
