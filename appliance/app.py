@@ -48,7 +48,7 @@ from appliance.settings import Settings
 from steering.decide import decide
 from steering.errors import HairpinError
 from steering.model import Profile
-from steering.prove import Prover
+from steering.prove import build_prover
 from steering.reconcile import Reconciler
 from steering.revive import Reviver
 from steering.tasks import cancel_all
@@ -209,6 +209,7 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
     finally:
         await rules.close()
         await cancel_all(tasks)
+        await watches.ledger.close()
         await reconciler.close()
 
 
@@ -227,7 +228,7 @@ def _build_watches(
         find_token=lambda lane: pipeline.find_token(lane.profile),
         eve_file=settings.eve_file,
     )
-    vswitchd = settings.switch.vswitchd
+    switch = settings.switch
     return Watches(
         canary=CanaryWatch(
             settings.build_lanes(),
@@ -243,7 +244,15 @@ def _build_watches(
             lambda lane: find_management().find_concerned(lane),
         ),
         ledger=LedgerWatch(
-            Prover(vswitchd, settings.switch.openflow, rush=reconciler.rush) if vswitchd else None,
+            build_prover(
+                switch.vswitchd,
+                switch.ovsdb,
+                switch.openflow,
+                switch.bridge,
+                settings.replica_dir,
+                tls=switch.tls_files,
+                rush=reconciler.rush,
+            ),
             lambda: find_management().read_inputs(),
             store,
             lambda run: find_management().coverage.keep_moment(run),

@@ -425,6 +425,11 @@ class Settings(Document):
         return self.run_dir / "inspection.json"
 
     @property
+    def replica_dir(self) -> Path:
+        """The copy of a switch that is reached over the network, for traces."""
+        return self.state_dir / "replica"
+
+    @property
     def canary_socket(self) -> Path:
         """Where `hairpin inspect` sends canaries on request."""
         return self.run_dir / "inspect" / "canary.sock"

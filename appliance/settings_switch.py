@@ -42,7 +42,7 @@ class SwitchSettings(Document):
     vswitchd: AbsolutePath | None = Field(
         default=None,
         description="ovs-vswitchd's control socket, for `ofproto/trace`, or its pid file, by which the "
-        "socket is found; none over the network.",
+        "socket is found; over the network none, a copy of the switch is asked (docs/coverage.md).",
     )
     tls: SwitchTls | None = Field(
         default=None, description="Certificates; needed by `ssl:`, and by nothing else."

@@ -35,6 +35,7 @@ from steering.model import Lane, Machine, PolicySet
 from steering.rush import Rush
 from steering.sampling import Chosen, Sample, choose_witnesses
 from steering.switch.foreign import read_foreign
+from steering.switch.replica import Replica, find_leg_liveness
 from steering.switch.trace import ControlSocket, PortMap
 from steering.tls import TlsFiles
 from steering.witnesses import TraceRequest, render_entry, render_return
@@ -53,12 +54,13 @@ class Prover:
     """Asks one bridge's switch; remembers of the last run only what tells what has changed since.
 
     ``vswitchd`` is ovs-vswitchd's control socket, ``openflow`` as for ovs-ofctl, ``pause`` in seconds,
-    after every ten traces. One run at a time; while ``rush`` is claimed, it rests.
+    after every ten traces. One run at a time; while ``rush`` is claimed, it rests. With a ``replica``
+    in its place the switch is copied before each run, and the copy is asked.
     """
 
     def __init__(
         self,
-        vswitchd: Path,
+        vswitchd: Path | Replica,
         openflow: str,
         *,
         clock: Callable[[], float] = time.time,
@@ -66,7 +68,8 @@ class Prover:
         rush: Rush | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
-        self._vswitchd = vswitchd
+        self._replica = vswitchd if isinstance(vswitchd, Replica) else None
+        self._vswitchd = vswitchd.control if isinstance(vswitchd, Replica) else vswitchd
         self._openflow = openflow
         self._tls = tls
         self._clock = clock
@@ -74,6 +77,11 @@ class Prover:
         self._rush = rush or Rush()
         self._known: Mapping[tuple[str, str], int] = {}
         self._lock = asyncio.Lock()
+
+    async def close(self) -> None:
+        """End what was begun for it."""
+        if self._replica is not None:
+            await self._replica.close()
 
     async def prove(
         self,
@@ -105,8 +113,15 @@ class Prover:
                 self._rush,
             )
 
+            replica = self._replica
+            if replica is not None:
+                await replica.open()
+
             def prove() -> tuple[Ledger, Sample]:
                 began = time.monotonic()
+                if replica is not None:
+                    legs = [(lane.name, leg.interface) for lane in lanes for leg in lane.legs]
+                    replica.copy(find_leg_liveness(legs, forwarding))
                 sample = choose_witnesses(
                     policies,
                     machines,
@@ -133,6 +148,26 @@ class Prover:
                 seconds=round(ledger.seconds, 3),
             )
             return ledger
+
+
+def build_prover(
+    vswitchd: Path | None,
+    ovsdb: str,
+    openflow: str,
+    bridge: str,
+    directory: Path,
+    *,
+    tls: TlsFiles | None = None,
+    rush: Rush | None = None,
+) -> Prover | None:
+    """By the switch's control socket; over the network by a copy in ``directory``; else there is none."""
+    if vswitchd is not None:
+        return Prover(vswitchd, openflow, rush=rush, tls=tls)
+    if ovsdb.startswith("ssl:") and openflow.startswith("ssl:"):
+        return Prover(
+            Replica(directory, bridge, ovsdb, openflow, tls), openflow, rush=rush, tls=tls
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)

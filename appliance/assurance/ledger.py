@@ -90,6 +90,11 @@ class LedgerWatch:
             self._causes.append(cause)
         self._wake.set()
 
+    async def close(self) -> None:
+        """End what runs for the traces; after `run` was cancelled."""
+        if self._prover is not None:
+            await self._prover.close()
+
     async def run(self) -> None:
         rows = await self._store.read(lambda db: find_open_events(db, EVENT))
         self._event = int(rows[-1]["id"]) if rows else None

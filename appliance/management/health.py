@@ -197,7 +197,8 @@ def _judge_proof(facts: Facts, problems: list[doc.HealthProblem]) -> None:
         return
     if run.ledger is None:
         reason = f"the ways through the tables are not proved: {run.fault}"
-        _problem(problems, reason, "give `hairpin serve` ovs-vswitchd's control socket", facts.now)
+        mend = "give `hairpin serve` ovs-vswitchd's control socket, or what a copy of it needs (docs/coverage.md)"
+        _problem(problems, reason, mend, facts.now)
         return
     if run.ledger.violation_count:
         first = run.ledger.violations[0]

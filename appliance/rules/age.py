@@ -33,8 +33,10 @@ def find_age(state: RulesState) -> RulesAge | None:
 
 
 def find_report_age(report: RevisionReport) -> RulesAge | None:
-    read = [one for one in report.sources if one.name != STARTER]
-    counted = read or report.sources
+    # What gave nothing has no age: it is told as stale, and why, by its own name.
+    given = [one for one in report.sources if one.fetched > 0]
+    read = [one for one in given if one.name != STARTER]
+    counted = read or given
     oldest = min(counted, key=lambda one: one.fetched, default=None)
     return None if oldest is None else RulesAge(oldest.fetched, oldest.name, not read)
 

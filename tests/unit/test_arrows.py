@@ -20,6 +20,7 @@ LINTER = "from importlinter.cli import lint_imports_command; lint_imports_comman
 STARTERS = {
     "steering/run.py",
     "steering/switch/monitor.py",
+    "steering/switch/replica.py",
     "appliance/inspection/process.py",
     "appliance/lab/expose.py",
     "appliance/lab/lifecycle.py",

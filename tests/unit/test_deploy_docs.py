@@ -37,7 +37,10 @@ def test_the_defaults_that_are_told_are_those_of_the_program() -> None:
         ("bridge", "bridge"), ("tls", "tls"), ("taps", "taps"),
     ):  # fmt: skip
         assert f"| `{key}` | `{HostSpec.model_fields[name].default}` |" in PAGE
-    for key, name in (
-        ("vmMtu", "vm_mtu"), ("bfdMilliseconds", "bfd_milliseconds"), ("firstOfport", "first_ofport"),
-    ):  # fmt: skip
+    numbers = {
+        "vmMtu": "vm_mtu",
+        "bfdMilliseconds": "bfd_milliseconds",
+        "firstOfport": "first_ofport",
+    }
+    for key, name in numbers.items():
         assert f"| `{key}` | {HostSpec.model_fields[name].default} |" in PAGE
