@@ -18,6 +18,7 @@ from appliance.cli import run_cli
 from appliance.image import bootcheck, update
 from appliance.image.bootcheck import judge_faults, judge_lanes, judge_proofs, wait_until_good
 from appliance.image.disk import open_device_to_read
+from appliance.image.gpt import Partition, read_table
 from appliance.image.model import Damaged, ImageError
 from appliance.image.signing import NotTrusted, read_certificates
 from appliance.image.update import (
@@ -200,11 +201,22 @@ def update_disk(tree: Path, directory: Path, disk: Path, found: Release, running
     return kernels
 
 
+def read_partitions(disk: Path) -> tuple[Partition, ...]:
+    with open_device_to_read(disk) as opened:
+        return read_table(opened).partitions
+
+
 def test_sysupdate_writes_the_release_beside_the_running_one(
     image: Image, newer: Root, tree: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk.raw"
     run("cp", "--sparse=always", image.disk, disk)
+    # What a version before may have left there: nothing of it may stay behind the new one.
+    empty = [one for one in read_partitions(disk) if one.name == "_empty"]
+    with open(disk, "r+b") as opened_disk:
+        for one in empty:
+            opened_disk.seek(one.offset)
+            opened_disk.write(b"left" * (one.size // 4))
     lay_out(newer, tmp_path / "staging")
     found = check_release(find_parts(tmp_path / "staging"), image.trusted, quiet)
     name_for_sysupdate(found)
