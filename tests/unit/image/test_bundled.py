@@ -200,7 +200,7 @@ async def test_at_the_start_no_source_is_asked(appliance: Appliance, tmp_path: P
 def judge(*sources: SourceReport, now: float) -> list[str]:
     """The problems that health tells of rules made of these sources."""
     profile = Mock(profile="prevent", revision="r", refused=None, report=Mock(sources=sources))
-    facts = Mock(spec=Facts, now=now, rules=RulesState((profile,), None))
+    facts = Mock(spec=Facts, now=now, rules=RulesState((profile,), None), stale_after=None)
     problems: list[HealthProblem] = []
     status = _judge_rules(facts, problems).status
     assert (status == "ok") == (not problems)
