@@ -15,6 +15,7 @@ from steering.explain import explain
 from steering.flows import Present, Program
 from steering.model import (
     Deny,
+    Direct,
     Family,
     Inspect,
     OnFailure,
@@ -383,3 +384,28 @@ def test_what_is_not_ip_does_not_pass_between_vms_in_scope(
         assert simulator.send(Frame(here.ofport, here.mac, address, ip=None)).normal
     asked = (("arp_sha", here.mac), ("arp_spa", "10.0.0.1"))
     assert simulator.send(Frame(here.ofport, here.mac, there.mac, ip="arp", extra=asked)).normal
+
+
+def test_an_answer_counts_only_where_the_one_that_it_is_for_opened_the_connection() -> None:
+    """Else an accomplice opens one in another VM's name, and what it then is sent goes uninspected."""
+    inspect = Inspect(Profile.PREVENT, OnFailure.CLOSED)
+    policies = PolicySet(
+        tuple(build_record(n) for n in (1, 2, 3)),
+        (),
+        tuple(
+            Policy(name, priority, (Peer(vm=source),), (Peer(vm=to),), (Service(),), tuple(Family), action)
+            for name, priority, source, to, action in (
+                ("backup", 20, "vm-2", "vm-1", Direct("trusted")),
+                ("rest", 10, "vm-1", "vm-2", inspect),
+                ("others", 10, "vm-3", "vm-1", inspect),
+            )
+        ),
+    )  # fmt: skip
+    ways = []
+    for opener in (PORTS[1], PORTS[2]):
+        simulator = Simulator(compile_for(policies))
+        named = {"tp_src": 80, "tp_dst": 40_000, "src_ip": "10.0.0.2", "dst_ip": "10.0.0.1"}
+        simulator.send(Frame(opener.ofport, opener.mac, PORTS[0].mac, syn=True, **named))
+        back = {"tp_src": 40_000, "tp_dst": 80, "src_ip": "10.0.0.1", "dst_ip": "10.0.0.2"}
+        ways.append(simulator.send(Frame(1, PORTS[0].mac, PORTS[1].mac, ack=True, **back)).normal)
+    assert ways == [True, False], "VM 2 opened it; VM 3 did, in its name"
