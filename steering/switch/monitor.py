@@ -16,6 +16,7 @@ from steering.tls import TlsFiles, find_options
 
 log = structlog.get_logger("monitor")
 
+_NO_NEWS = ("FLOW_MONITOR", "OFPT_ECHO_REQUEST")
 PREFIX = f"cookie={COOKIE_PREFIX << 48:#x}"[:-12]
 
 
@@ -94,7 +95,8 @@ class FlowMonitor:
 
     async def _take(self, line: str) -> None:
         if " event=" not in line:
-            if "FLOW_MONITOR" not in line and line.strip():
+            # By TLS the switch asks whether ovs-ofctl is there, which it answers, and tells.
+            if not any(word in line for word in _NO_NEWS) and line.strip():
                 log.warning("flow monitor", said=line.strip())
             return
         if PREFIX not in line:
