@@ -91,6 +91,17 @@ async def run_async(
     return await _communicate(argv, process, stdin, timeout, check=check)
 
 
+async def end_process(process: asyncio.subprocess.Process) -> None:
+    """Kill a process and wait for its end, however much it had printed.
+
+    asyncio tells of an end only once it saw the ends of the outputs, and it stops reading one when much
+    of it waits to be taken: `wait` alone would never return, and hold whatever lock its caller has.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.communicate()
+
+
 async def _communicate(
     argv: Sequence[str],
     process: asyncio.subprocess.Process,
@@ -104,9 +115,7 @@ async def _communicate(
             process.communicate(None if stdin is None else stdin.encode()), timeout
         )
     except (TimeoutError, asyncio.CancelledError) as stopped:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        await end_process(process)
         if isinstance(stopped, asyncio.CancelledError):
             raise
         raise CommandFailed(shlex.join(argv), None, "") from stopped
@@ -158,9 +167,6 @@ class SpareCommand:
         process, self._spare = self._spare, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
         if process.stdin is not None:
             process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), 1.0)
+        await end_process(process)

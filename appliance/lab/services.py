@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 import appliance
+from appliance.inspection.process import write_group_nice
 from appliance.lab import expose, processes
 from appliance.lab.hypervisor import find_forwarding_legs, record_process
 from appliance.lab.plan import LabState, ProcessRecord, render_settings
@@ -25,6 +28,10 @@ INSPECT = "inspect"
 SERVE = "serve"
 OBSERVE = "observe"
 ROLES = (INSPECT, SERVE, OBSERVE)
+SERVE_NICE = -5
+"""Between what an engine and the switch have and everybody else: a changed policy waits for no batch job."""
+log = structlog.get_logger("lab.services")
+
 Progress = Callable[[str], None]
 
 
@@ -78,7 +85,7 @@ def build_service_argv(state: LabState, role: str) -> list[str]:
     """How a process of Hairpin is started in the lab, with all that is put before it."""
     command = [sys.executable, "-m", "appliance.cli", role, "--config", str(state.settings_file)]
     if role == SERVE:
-        return expose.build_argv([*_setpriv(""), *command])
+        return expose.build_argv(["nice", "-n", str(SERVE_NICE), *_setpriv(""), *command])
     if role == OBSERVE:
         # Not by `ip netns exec`, which hides the control groups: it enters the namespace by itself,
         # then gives up all but CAP_NET_RAW.
@@ -107,6 +114,9 @@ def start_service(state: LabState, role: str) -> LabState:
         log_file=log_file,
         env={**build_env(), "HOME": str(state.state_dir)},
     )
+    # Its session is one of its own here; under systemd a unit's is, too.
+    if role == SERVE and (refused := write_group_nice(pid, SERVE_NICE)):
+        log.warning("the management service is not as urgent as in production", reason=refused)
     return write_state(state.with_process(ProcessRecord(role, pid, started, str(log_file))))
 
 

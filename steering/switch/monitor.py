@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES, Table
+from steering.run import end_process
 from steering.switch.openflow import LearnedAddress, parse_learned
 from steering.tls import TlsFiles, find_options
 
@@ -89,9 +90,7 @@ class FlowMonitor:
                     await asyncio.wait_for(process.wait(), 1.0)
             finally:
                 if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
-                    await process.wait()
+                    await end_process(process)
 
     async def _take(self, line: str) -> None:
         if " event=" not in line:
