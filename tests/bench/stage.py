@@ -47,7 +47,7 @@ class Stage:
         self.say("loading the feed into the product")
         done = self.appliance.cli("rules", "update", "--json", timeout=200)
         if done.status != 0:
-            raise BenchError(f"rules update: {done.stderr[-300:]}")
+            raise BenchError(f"rules update: {done.stderr[-300:]} {done.stdout[-1000:]}")
         self._load_peers()
 
     def check_engine(self, path: Path) -> None:
