@@ -19,6 +19,8 @@ OUT=$(realpath -m "${OUT:-$HERE/out}")
 # shellcheck source=image-build/engine.conf disable=SC1091
 . "$HERE/engine.conf"
 
+SEED=6f1d3c58-0f0e-4c2b-9d57-3c1f5f0a7b1e # of whatever else would be random in the image
+
 say() { printf 'image: %s\n' "$*"; }
 SOURCES=(appliance steering suricata pyproject.toml README.md LICENSE requirements.lock requirements-build.lock)
 
@@ -99,11 +101,12 @@ build() {
     run_in_tools "$HERE" "$CACHE" "$OUT" "${KEY%/*}" "${CERT%/*}" -- \
         env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root TMPDIR=/tmp \
         SOURCE_DATE_EPOCH="$EPOCH" \
-        mkosi --directory "$HERE" --force --image-version "$VERSION" \
+        mkosi --directory "$HERE" --force --seed "$SEED" --image-version "$VERSION" \
         --output-directory "$OUT" --workspace-directory "$work" --package-cache-dir "$CACHE/packages" \
         ${FAST:+--incremental=yes --cache-directory="$CACHE/images"} \
         --sandbox-tree "$CACHE/sandbox" --build-sources "$CACHE/stage:" \
         --package "suricata/$ENGINE_SUITE" \
+        --environment "SYSTEMD_REPART_MKFS_OPTIONS_EXT4=-E hash_seed=$SEED" \
         --environment "ENGINE_FLOOR=$ENGINE_FLOOR" --environment "IMAGE_COMMIT=$COMMIT" \
         --source-date-epoch "$EPOCH" \
         --secure-boot-key "$KEY" --secure-boot-certificate "$CERT" \
