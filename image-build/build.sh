@@ -89,6 +89,8 @@ stage_source() {
     tar -C "$ROOT" --exclude=__pycache__ --exclude='*.egg-info' --mode='u+rwX,go+rX,go-w' \
         --owner=0 --group=0 --mtime="@$EPOCH" -cf - "${SOURCES[@]}" | tar -C "$CACHE/stage/source" -xpf -
     cp -al "$CACHE/wheels" "$CACHE/stage/wheels"
+    # What updates and rules bundles of this image are signed with.
+    install -m 0644 "$CERT" "$CACHE/stage/image.crt"
     # A file of this name is used as it is; mkosi's own would name mirrors, and a suite that mirrors refuse.
     render_sources "$ENGINE_SUITE" | sed -E 's/^deb \[signed-by=([^]]*)\] (\S+) (\S+) main$/Types: deb\nURIs: \2\nSuites: \3\nComponents: main\nSigned-By: \1\n/' \
         >"$CACHE/sandbox/etc/apt/sources.list.d/mkosi.sources"
@@ -126,7 +128,10 @@ write_outputs() {
         rm -f python.json "$name" "$name.vmlinuz" "$name.initrd"' \
         bash "$OUT" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
         fail "the outputs can't be written" "see what was said above; is the disk full?"
-    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,cdx.json} >SHA256SUMS)
+    say "signing the manifest of every byte"
+    "$ROOT/${VENV:-.venv}/bin/hairpin" image sign "$OUT/$name.raw" --key "$KEY" --certificate "$CERT" ||
+        fail "the image can't be signed" "see what was said above"
+    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,raw.manifest,cdx.json} >SHA256SUMS)
     chmod 0644 "$OUT"/*
 }
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from steering.errors import HairpinError
 
 
+_PEM_END = "-----END CERTIFICATE-----"
+
+
 class _Encrypted(Exception):
     """The key wants a password; OpenSSL would ask for it on the terminal."""
 
@@ -40,6 +43,27 @@ def build_server_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
             f"{cert_file} and {key_file} are no certificate (PEM) with its private key: "
             f"{fault.reason or fault}",
             "correct api.certFile and api.keyFile",
+        ) from fault
+    return context
+
+
+def build_pinned_context(certificate_file: Path) -> ssl.SSLContext:
+    """Trusts the first certificate of the file and no other, whatever names it has. Raises HairpinError.
+
+    For who reads the service's own file: it stands on the same machine, and is asked by loopback.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    # It need not be an authority's: being this one is enough.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        text = certificate_file.read_text(encoding="ascii")
+        context.load_verify_locations(cadata=text[: text.index(_PEM_END) + len(_PEM_END)] + "\n")
+    except (OSError, ValueError) as fault:  # ssl.SSLError is an OSError
+        raise HairpinError(
+            f"the certificate {certificate_file} can't be used: {fault}",
+            "name one (PEM) as `certificateFile` in the client's file",
         ) from fault
     return context
 

@@ -37,8 +37,8 @@ from tests.support.disk_images import Root, flipped, make_keys, make_root, run
 from tests.unit.image.conftest import Image, quiet
 
 ROOT = Path(__file__).resolve().parents[3]
-TRANSFERS = ROOT / "image-build" / "update" / "sysupdate.d"
-UNITS = ROOT / "image-build" / "update" / "system"
+TRANSFERS = ROOT / "image-build/mkosi.extra/usr/lib/hairpin/sysupdate.d"
+UNITS = ROOT / "image-build/mkosi.extra/usr/lib/systemd/system"
 # Debian 12 has no systemd-sysupdate: that of the image's own tools (image-build/tools.sh), or one that is named.
 TOOLS = Path(os.environ.get("HAIRPIN_TOOLS_TREE", ROOT / "image-build" / "cache" / "tools"))
 
