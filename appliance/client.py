@@ -44,7 +44,7 @@ from appliance.api.quarantine import QuarantineList, QuarantineOrder, Quarantine
 from appliance.api.routes import BASE, JSON, YAML
 from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
-from appliance.api.tls import build_client_context, build_pinned_context
+from appliance.api.tls import build_client_context, build_pin
 from steering.errors import Conflict, FieldError, HairpinError, WrongInput
 
 CLIENT_FILES = (
@@ -188,9 +188,9 @@ class InForce:
     etag: str
 
 
-def _build_context(place: Place) -> ssl.SSLContext:
+def _build_check(place: Place) -> ssl.SSLContext | aiohttp.Fingerprint:
     if place.certificate_file is not None:
-        return build_pinned_context(place.certificate_file)
+        return build_pin(place.certificate_file)
     return build_client_context(place.ca_file)
 
 
@@ -200,7 +200,7 @@ class Client:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._token = read_token(place.token_file)
-        self._tls = _build_context(place) if place.url.startswith("https:") else None
+        self._tls = _build_check(place) if place.url.startswith("https:") else None
 
     def read_health(self) -> Health:
         return self._get("/health", Health)
@@ -344,6 +344,12 @@ class Client:
         )
 
     def _not_there(self, fault: Exception) -> ServiceNotFound:
+        if isinstance(fault, aiohttp.ServerFingerprintMismatch):
+            return ServiceNotFound(
+                f"what answers at {self.place.url} does not prove who it is (another certificate than in "
+                f"{self.place.certificate_file})",
+                "put the service's own certificate there, if it has a new one",
+            )
         if isinstance(fault, aiohttp.ClientConnectorCertificateError):
             return ServiceNotFound(
                 f"what answers at {self.place.url} does not prove who it is "

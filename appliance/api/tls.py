@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 from pathlib import Path
 
+import aiohttp
+
 from steering.errors import HairpinError
 
-
-_PEM_END = "-----END CERTIFICATE-----"
+_PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 class _Encrypted(Exception):
@@ -47,25 +49,20 @@ def build_server_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
     return context
 
 
-def build_pinned_context(certificate_file: Path) -> ssl.SSLContext:
-    """Trusts the first certificate of the file and no other, whatever names it has. Raises HairpinError.
+def build_pin(certificate_file: Path) -> aiohttp.Fingerprint:
+    """Takes the first certificate of the file and no other, whatever its names. Raises HairpinError.
 
     For who reads the service's own file: it stands on the same machine, and is asked by loopback.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False
-    # It need not be an authority's: being this one is enough.
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         text = certificate_file.read_text(encoding="ascii")
-        context.load_verify_locations(cadata=text[: text.index(_PEM_END) + len(_PEM_END)] + "\n")
-    except (OSError, ValueError) as fault:  # ssl.SSLError is an OSError
+        first = text[text.index(_PEM_BEGIN) : text.index(_PEM_END) + len(_PEM_END)]
+        return aiohttp.Fingerprint(hashlib.sha256(ssl.PEM_cert_to_DER_cert(first)).digest())
+    except (OSError, ValueError) as fault:
         raise HairpinError(
             f"the certificate {certificate_file} can't be used: {fault}",
             "name one (PEM) as `certificateFile` in the client's file",
         ) from fault
-    return context
 
 
 def build_client_context(ca_file: Path | None) -> ssl.SSLContext:

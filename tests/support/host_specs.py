@@ -31,4 +31,5 @@ def render_local_spec(directory: Path, bridge: str, ovsdb_port: int, openflow_po
         + f"vmDirectory: {directory}/vm\n"
     )
 
+
 TOKEN = "an-api-token-of-more-than-32-characters"

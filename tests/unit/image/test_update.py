@@ -161,7 +161,7 @@ def test_the_command_is_for_the_appliance(
 def tree() -> Path:
     """A Debian 13, with a place that it sees under the same name."""
     if not (TOOLS / "usr/lib/systemd/systemd-sysupdate").exists():
-        pytest.skip(f"no systemd-sysupdate in {TOOLS}: `make image` makes it")
+        pytest.fail(f"no systemd-sysupdate in {TOOLS}: `make image` makes it")
     return TOOLS
 
 
@@ -206,6 +206,7 @@ def read_partitions(disk: Path) -> tuple[Partition, ...]:
         return read_table(opened).partitions
 
 
+@pytest.mark.vm
 def test_sysupdate_writes_the_release_beside_the_running_one(
     image: Image, newer: Root, tree: Path, tmp_path: Path
 ) -> None:
