@@ -36,14 +36,14 @@ test: check  ## all the checks and all the tests, those in the lab too, but not 
 	$(BIN)/python -m pytest -m 'lab and not side_by_side and not vm' $(PYTEST_ARGS)
 
 test-unit: setup  ## the tests that need no lab
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab' tests/unit tests/golden $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab and not vm' tests/unit tests/golden $(PYTEST_ARGS)
 
 image:  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
 	@image-build/setup-image.sh
 	@$(foreach name,$(IMAGE_OPTIONS),$(if $($(name)),$(name)="$($(name))")) image-build/build.sh
 
 test-vm: setup image  ## the tests of the image, built and booted under QEMU
-	$(BIN)/python -m pytest -m vm tests/vm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m vm $(PYTEST_ARGS)
 
 chaos: setup  ## faults on real parts, each with its figures (half an hour): build/chaos.json
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,14 @@ from appliance.api.quarantine import QuarantineList, QuarantineOrder, Quarantine
 from appliance.api.routes import BASE, JSON, YAML
 from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
-from appliance.api.tls import build_client_context
+from appliance.api.tls import build_client_context, build_pin
 from steering.errors import Conflict, FieldError, HairpinError, WrongInput
 
-CLIENT_FILES = (Path("/etc/hairpin/client.json"), Path("/run/hairpin-lab/lab/client.json"))
+CLIENT_FILES = (
+    Path("/etc/hairpin/client.json"),
+    Path("/run/hairpin-config/client.json"),  # on an appliance: written by `hairpin firstboot`
+    Path("/run/hairpin-lab/lab/client.json"),
+)
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _SILENCE_SECONDS = 45.0  # three heartbeats of the live stream
@@ -74,12 +79,16 @@ class ServiceRefused(HairpinError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the service is. ``source`` says how that is known; ``ca_file`` None: the system's."""
+    """Where the service is. ``source`` says how that is known; ``ca_file`` None: the system's.
+
+    ``certificate_file``: the service has this certificate and no other; its names are not looked at.
+    """
 
     url: str
     token_file: Path
     source: str
     ca_file: Path | None = None
+    certificate_file: Path | None = None
 
 
 def find_place(
@@ -106,7 +115,8 @@ def find_place(
         if known is None or (url is not None and known.url != check_url(url, "--url")):
             continue
         token_from = named or known.token_file
-        return Place(known.url, token_from, str(path), ca_file or known.ca_file)
+        pinned = known.certificate_file if ca_file is None else None
+        return Place(known.url, token_from, str(path), ca_file or known.ca_file, pinned)
     if url is not None:
         raise WrongInput(
             [FieldError("--token-file", "missing: the service wants a token")],
@@ -129,10 +139,14 @@ def find_media_type(text: str) -> str:
 
 
 def read_place(path: Path) -> Place | None:
-    """A client file, `{"url": ..., "tokenFile": ...}`, and `caFile` if need be; None where there is none."""
+    """A client file, `{"url": ..., "tokenFile": ...}`; None where there is none.
+
+    What the service's certificate is checked with, if need be: `caFile`, or `certificateFile`.
+    """
     try:
         value = json.loads(path.read_text())
-        url, token_file, ca_file = value["url"], value["tokenFile"], value.get("caFile")
+        url, token_file = value["url"], value["tokenFile"]
+        checked = {key: value.get(key) for key in ("caFile", "certificateFile")}
     except FileNotFoundError:
         return None
     except OSError as fault:
@@ -145,10 +159,12 @@ def read_place(path: Path) -> Place | None:
         ) from fault
     if not isinstance(url, str) or not isinstance(token_file, str):
         raise WrongInput([FieldError(str(path), "url and tokenFile must be text")])
-    if ca_file is not None and not isinstance(ca_file, str):
-        raise WrongInput([FieldError(str(path), "caFile must be text")])
-    trusted = None if ca_file is None else Path(ca_file)
-    return Place(check_url(url, f"{path}: url"), Path(token_file), str(path), trusted)
+    for key, file in checked.items():
+        if file is not None and not isinstance(file, str):
+            raise WrongInput([FieldError(str(path), f"{key} must be text")])
+    ca_file, certificate_file = (Path(one) if one else None for one in checked.values())
+    checked_url = check_url(url, f"{path}: url")
+    return Place(checked_url, Path(token_file), str(path), ca_file, certificate_file)
 
 
 def check_url(url: str, where: str) -> str:
@@ -172,13 +188,19 @@ class InForce:
     etag: str
 
 
+def _build_check(place: Place) -> ssl.SSLContext | aiohttp.Fingerprint:
+    if place.certificate_file is not None:
+        return build_pin(place.certificate_file)
+    return build_client_context(place.ca_file)
+
+
 class Client:
     """Every method raises ServiceNotFound, ServiceRefused, Conflict (412) or WrongInput (400, 422)."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self._token = read_token(place.token_file)
-        self._tls = build_client_context(place.ca_file) if place.url.startswith("https:") else None
+        self._tls = _build_check(place) if place.url.startswith("https:") else None
 
     def read_health(self) -> Health:
         return self._get("/health", Health)
@@ -322,6 +344,12 @@ class Client:
         )
 
     def _not_there(self, fault: Exception) -> ServiceNotFound:
+        if isinstance(fault, aiohttp.ServerFingerprintMismatch):
+            return ServiceNotFound(
+                f"what answers at {self.place.url} does not prove who it is (another certificate than in "
+                f"{self.place.certificate_file})",
+                "put the service's own certificate there, if it has a new one",
+            )
         if isinstance(fault, aiohttp.ClientConnectorCertificateError):
             return ServiceNotFound(
                 f"what answers at {self.place.url} does not prove who it is "

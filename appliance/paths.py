@@ -13,6 +13,10 @@ QUEUE_LIBRARY = Path("lib/hairpin/hairpin_queue.so")
 """What is preloaded into the engines, under the Python environment's prefix, where set-up builds it."""
 
 
+IMAGE_CERTIFICATE = Path("/usr/lib/hairpin/image.crt")
+"""In the image: what updates and rules bundles are signed with."""
+
+
 def find_engine_data() -> Path:
     """The `suricata` data directory: configuration template, classifications, `rules/`.
 

@@ -19,6 +19,8 @@ OUT=$(realpath -m "${OUT:-$HERE/out}")
 # shellcheck source=image-build/engine.conf disable=SC1091
 . "$HERE/engine.conf"
 
+SEED=6f1d3c58-0f0e-4c2b-9d57-3c1f5f0a7b1e # of whatever else would be random in the image
+
 say() { printf 'image: %s\n' "$*"; }
 SOURCES=(appliance steering suricata pyproject.toml README.md LICENSE requirements.lock requirements-build.lock)
 
@@ -87,6 +89,8 @@ stage_source() {
     tar -C "$ROOT" --exclude=__pycache__ --exclude='*.egg-info' --mode='u+rwX,go+rX,go-w' \
         --owner=0 --group=0 --mtime="@$EPOCH" -cf - "${SOURCES[@]}" | tar -C "$CACHE/stage/source" -xpf -
     cp -al "$CACHE/wheels" "$CACHE/stage/wheels"
+    # What updates and rules bundles of this image are signed with.
+    install -m 0644 "$CERT" "$CACHE/stage/image.crt"
     # A file of this name is used as it is; mkosi's own would name mirrors, and a suite that mirrors refuse.
     render_sources "$ENGINE_SUITE" | sed -E 's/^deb \[signed-by=([^]]*)\] (\S+) (\S+) main$/Types: deb\nURIs: \2\nSuites: \3\nComponents: main\nSigned-By: \1\n/' \
         >"$CACHE/sandbox/etc/apt/sources.list.d/mkosi.sources"
@@ -99,11 +103,12 @@ build() {
     run_in_tools "$HERE" "$CACHE" "$OUT" "${KEY%/*}" "${CERT%/*}" -- \
         env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root TMPDIR=/tmp \
         SOURCE_DATE_EPOCH="$EPOCH" \
-        mkosi --directory "$HERE" --force --image-version "$VERSION" \
+        mkosi --directory "$HERE" --force --seed "$SEED" --image-version "$VERSION" \
         --output-directory "$OUT" --workspace-directory "$work" --package-cache-dir "$CACHE/packages" \
         ${FAST:+--incremental=yes --cache-directory="$CACHE/images"} \
         --sandbox-tree "$CACHE/sandbox" --build-sources "$CACHE/stage:" \
         --package "suricata/$ENGINE_SUITE" \
+        --environment "SYSTEMD_REPART_MKFS_OPTIONS_EXT4=-E hash_seed=$SEED" \
         --environment "ENGINE_FLOOR=$ENGINE_FLOOR" --environment "IMAGE_COMMIT=$COMMIT" \
         --source-date-epoch "$EPOCH" \
         --secure-boot-key "$KEY" --secure-boot-certificate "$CERT" \
@@ -123,7 +128,10 @@ write_outputs() {
         rm -f python.json "$name" "$name.vmlinuz" "$name.initrd"' \
         bash "$OUT" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
         fail "the outputs can't be written" "see what was said above; is the disk full?"
-    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,cdx.json} >SHA256SUMS)
+    say "signing the manifest of every byte"
+    "$ROOT/${VENV:-.venv}/bin/hairpin" image sign "$OUT/$name.raw" --key "$KEY" --certificate "$CERT" ||
+        fail "the image can't be signed" "see what was said above"
+    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,raw.manifest,cdx.json} >SHA256SUMS)
     chmod 0644 "$OUT"/*
 }
 

@@ -6,11 +6,10 @@
 # shellcheck source=image-build/setup.sh disable=SC1091
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 
-PACKAGES=(mmdebstrap debian-archive-keyring qemu-system-x86 qemu-utils ovmf openssl util-linux)
+PACKAGES=(mmdebstrap debian-archive-keyring qemu-system-x86 qemu-utils ovmf openssl util-linux dosfstools mtools)
 # Debian 12's QEMU 7.2 panics Debian 13's kernel where it emulates (wrong flags after cmpxchg16b).
 QEMU=(qemu-system-x86 qemu-utils)
 QEMU_FLOOR=1:10.0
-# The archive's keys of 2025 and later.
 SERVICES=()
 
 find_old_qemu() {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 from pathlib import Path
 
+import aiohttp
+
 from steering.errors import HairpinError
+
+_PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 class _Encrypted(Exception):
@@ -42,6 +47,22 @@ def build_server_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
             "correct api.certFile and api.keyFile",
         ) from fault
     return context
+
+
+def build_pin(certificate_file: Path) -> aiohttp.Fingerprint:
+    """Takes the first certificate of the file and no other, whatever its names. Raises HairpinError.
+
+    For who reads the service's own file: it stands on the same machine, and is asked by loopback.
+    """
+    try:
+        text = certificate_file.read_text(encoding="ascii")
+        first = text[text.index(_PEM_BEGIN) : text.index(_PEM_END) + len(_PEM_END)]
+        return aiohttp.Fingerprint(hashlib.sha256(ssl.PEM_cert_to_DER_cert(first)).digest())
+    except (OSError, ValueError) as fault:
+        raise HairpinError(
+            f"the certificate {certificate_file} can't be used: {fault}",
+            "name one (PEM) as `certificateFile` in the client's file",
+        ) from fault
 
 
 def build_client_context(ca_file: Path | None) -> ssl.SSLContext:

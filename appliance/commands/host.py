@@ -66,7 +66,8 @@ def prepare(
     folder = find_folder(host, keys)
     kept = keep(host, folder, time.time(), renewed=renew)
     ports = build_ports(host, kept.secret)
-    domain, seed = render_domain(host, ports), render_seed(host, ports, kept.pki)
+    domain = render_domain(host, ports)
+    seed = render_seed(host, ports, kept.pki, kept.token)
     plan = build_plan(host, ports, kept.pki, domain, seed)
     if kept.issued:
         print_note(f"issued certificates in {clean(folder)}; keep this folder, and keep it secret")

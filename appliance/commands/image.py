@@ -26,6 +26,7 @@ from appliance.commands.output import (
     print_table,
     render_time,
 )
+from appliance.paths import IMAGE_CERTIFICATE
 from steering.errors import FieldError, HairpinError, WrongInput
 
 if (
@@ -70,7 +71,6 @@ Suricata = Annotated[
 ]
 
 AGE_NOTED_DAYS = 30
-OWN_CERTIFICATE = Path("/usr/lib/hairpin/image.crt")
 """In the root of an image: whose versions and rules it takes."""
 
 
@@ -183,11 +183,11 @@ def verify(
 def _read_trusted(paths: list[Path] | None) -> tuple[X509, ...]:
     from appliance.image.signing import read_certificates
 
-    if not paths and not OWN_CERTIFICATE.exists():
+    if not paths and not IMAGE_CERTIFICATE.exists():
         raise WrongInput(
             [FieldError("--certificate", "must be given: who is trusted to have signed?")]
         )
-    paths = paths or [OWN_CERTIFICATE]
+    paths = paths or [IMAGE_CERTIFICATE]
     return tuple(one for path in paths for one in read_certificates(path))
 
 

@@ -28,9 +28,10 @@ With `--json` stdout carries one document of `docs/api.md` (`alerts --follow`: o
 problem documents (RFC 9457), one line on stderr. Wrong usage is always told in plain text.
 
 Where the service is: `--url` and `--token-file`, else `HAIRPIN_URL` and `HAIRPIN_TOKEN_FILE`, else
-`/etc/hairpin/client.json`, else that of the running lab, `/run/hairpin-lab/lab/client.json`, each
-`{"url": ..., "tokenFile": ...}`. What the certificate of `https://` is checked with: the file that `HAIRPIN_CA_FILE`
-names, else `caFile` of that JSON, else the system's authorities; it can't be left unchecked.
+`/etc/hairpin/client.json`, else that of an appliance, `/run/hairpin-config/client.json`, or of the running lab,
+`/run/hairpin-lab/lab/client.json`, each `{"url": ..., "tokenFile": ...}`. What the certificate of `https://` is
+checked with: the file that `HAIRPIN_CA_FILE` names, else `certificateFile` of that JSON (it must be this very one,
+whatever its names), else its `caFile`, else the system's authorities; it can't be left unchecked.
 
 `HAIRPIN_LOG` (debug, info, warning, error) sets what is logged to stderr.
 """

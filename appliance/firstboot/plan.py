@@ -7,6 +7,7 @@ processes wait for is written when all that it names is there.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from appliance.firstboot.document import (
 )
 from appliance.firstboot.faults import Fault
 from appliance.firstboot.network import Device, render_management, render_silent
+from appliance.paths import IMAGE_CERTIFICATE
 from appliance.settings import parse_settings
 from steering.errors import WrongInput
 
@@ -190,6 +192,18 @@ def _build_credentials(seed: SeedDocument, api: Pair) -> Iterator[PlannedFile]:
             yield _public(f"export-{one.name}.pem", one.certificate)
             yield _secret(f"{CONFIG_DIR}/export-{one.name}.key", one.key)
     yield _secret(f"{STATE_DIR}/token", seed.api.token)
+    yield PlannedFile(f"{CONFIG_DIR}/client.json", _render_client(seed), 0o600)
+
+
+def _render_client(seed: SeedDocument) -> str:
+    """For root's commands on the appliance itself: by loopback, which the certificate need not name."""
+    host = "[::1]" if find_listen(seed.management) == "::" else "127.0.0.1"
+    client = {
+        "url": f"https://{host}:{seed.api.port}",
+        "tokenFile": f"{STATE_DIR}/token",
+        "certificateFile": f"{CONFIG_DIR}/api.pem",
+    }
+    return json.dumps(client) + "\n"
 
 
 def _public(name: str, text: str) -> PlannedFile:
@@ -239,7 +253,7 @@ def _build_settings(seed: SeedDocument, found: Mapping[str, Device]) -> dict[str
             },
         },
         "lanes": lanes,
-        "rules": _dump(seed.rules),
+        "rules": _build_rules(seed),
         "store": _dump(seed.store),
         "api": {
             "listen": find_listen(seed.management),
@@ -257,6 +271,14 @@ def _build_settings(seed: SeedDocument, found: Mapping[str, Device]) -> dict[str
     if seed.visibility is not None:
         settings["visibility"] = {"device": found[seed.visibility.mac].name}
     return settings
+
+
+def _build_rules(seed: SeedDocument) -> dict[str, Any]:
+    """As the seed says; without a word on it, the bundle of the image's own disk is taken, too."""
+    rules = _dump(seed.rules)
+    if seed.rules.bundle is None:
+        rules["bundle"] = {"certificate": str(IMAGE_CERTIFICATE)}
+    return rules
 
 
 def _dump(section: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@ It is made once and read ever after, so that the same spec gives the same plan. 
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance.hosting.pki import Issued, Pki, find_fault, issue, renew
@@ -19,9 +20,13 @@ ENDS = ("ca", "host", "appliance")
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """``secret`` makes the BFD addresses; ``pki`` None with `tls: existing`. ``issued``: just now."""
+    """``secret`` makes the BFD addresses; ``pki`` None with `tls: existing`. ``issued``: just now.
 
-    secret: bytes
+    ``token``: for the appliance's API.
+    """
+
+    secret: bytes = field(repr=False)
+    token: str = field(repr=False)
     pki: Pki | None
     issued: bool
 
@@ -41,10 +46,11 @@ def keep(spec: HostSpec, folder: Path, now: float, *, renewed: bool = False) -> 
                 f"chmod 700 {folder}; issue new keys if somebody did",
             )
         secret = _keep_secret(folder / "secret")
+        token = _keep_token(folder / "token")
         if spec.tls == "existing":
-            return Kept(secret, None, False)
+            return Kept(secret, token, None, False)
         pki, issued = _keep_pki(spec, folder, now, renewed=renewed)
-        return Kept(secret, pki, issued)
+        return Kept(secret, token, pki, issued)
     except (OSError, UnicodeDecodeError) as fault:
         raise HairpinError(
             f"{folder}: {fault}", "mend it, or name another folder by --keys"
@@ -64,6 +70,18 @@ def _keep_secret(path: Path) -> bytes:
             "restore the host, begin in a new folder",
         )
     return secret
+
+
+def _keep_token(path: Path) -> str:
+    if not path.exists():
+        _write(path, secrets.token_urlsafe(32) + "\n")
+    token = path.read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]{32,512}=*", token):
+        raise HairpinError(
+            f"{path} does not hold a token of 32 characters or more",
+            "put it back, or remove it to have another one made",
+        )
+    return token
 
 
 def _keep_pki(spec: HostSpec, folder: Path, now: float, *, renewed: bool) -> tuple[Pki, bool]:

@@ -72,7 +72,9 @@ def render_domain(spec: HostSpec, ports: Sequence[LegPort]) -> str:
     return ElementTree.tostring(domain, encoding="unicode") + "\n"
 
 
-def build_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None) -> dict[str, Any]:
+def build_seed(
+    spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None, token: str
+) -> dict[str, Any]:
     """What the appliance is told at its first boot; devices are found by their MACs.
 
     Without ``pki`` the certificates are for who runs the switch's CA to add.
@@ -111,6 +113,7 @@ def build_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None) -> dic
         "hairpin": {
             "name": spec.name,
             "management": network,
+            "api": {"token": token},
             "switch": switch,
             "lanes": lanes,
             "canary": {"interface": canary.interface, "mac": canary.mac},
@@ -118,9 +121,9 @@ def build_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None) -> dic
     }
 
 
-def render_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None) -> str:
+def render_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None, token: str) -> str:
     """The seed as the first boot reads it (YAML)."""
-    return yaml.dump(build_seed(spec, ports, pki), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(build_seed(spec, ports, pki, token), Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -172,7 +172,7 @@ def stage(source: Path, staging: Path, progress: Progress) -> Iterator[dict[str,
 
 
 def name_for_sysupdate(release: Release) -> dict[str, Path]:
-    """Rename the staged parts as image-build/update/*.transfer look for them: with version and number."""
+    """Rename the staged parts as the transfer files look for them: with version and number."""
     named = {}
     for name, path in release.files.items():
         number = release.numbers.get(name)

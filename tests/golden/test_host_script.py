@@ -15,7 +15,7 @@ from appliance.hosting.plan import build_plan
 from appliance.hosting.script import render_script
 from appliance.hosting.spec import build_ports, parse_spec
 from appliance.hosting.vm import render_domain, render_seed
-from tests.support.host_specs import SPEC
+from tests.support.host_specs import SPEC, TOKEN
 
 FOLDER = Path(__file__).parent / "host"
 # Certificates are other ones each time; what stands for them here says which.
@@ -25,7 +25,7 @@ PKI = Pki(*(Issued(f"({end} certificate)\n", f"({end} key)\n") for end in ("CA",
 def build_scripts() -> dict[str, str]:
     spec = parse_spec(SPEC)
     ports = build_ports(spec, bytes(32))
-    domain, seed = render_domain(spec, ports), render_seed(spec, ports, PKI)
+    domain, seed = render_domain(spec, ports), render_seed(spec, ports, PKI, TOKEN)
     plan = build_plan(spec, ports, PKI, domain, seed)
     return {
         "prepare.sh": render_script(plan.title, plan.prepare),

@@ -67,7 +67,7 @@ class Host:
     def plan(self) -> HostPlan:
         spec, kept = self.spec, keep(self.spec, self.keys, time.time())
         ports = build_ports(spec, kept.secret)
-        domain, seed = render_domain(spec, ports), render_seed(spec, ports, kept.pki)
+        domain, seed = render_domain(spec, ports), render_seed(spec, ports, kept.pki, kept.token)
         return build_plan(spec, ports, kept.pki, domain, seed)
 
     def change(self, before: str, after: str) -> None:

@@ -30,3 +30,6 @@ def render_local_spec(directory: Path, bridge: str, ovsdb_port: int, openflow_po
         + f"directory: {directory}/tls\novsDatabase: {directory}/conf.db\n"
         + f"vmDirectory: {directory}/vm\n"
     )
+
+
+TOKEN = "an-api-token-of-more-than-32-characters"

@@ -31,7 +31,7 @@ GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.1
 # Colours, cursor movements and window titles of a console (ECMA-48).
 _ESCAPES = re.compile(
-    r"\x1b(\[[0-9;?=]*[A-Za-z]|\][^\x07\x1b]*(\x07|\x1b\\)|[()][A-Z0-9]|[=>78cM])"
+    r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P][^\x07\x1b]*(\x07|\x1b\\)|[()][A-Z0-9]|[=>78cM])"
 )
 
 

@@ -93,6 +93,22 @@ def test_the_authority_may_stand_in_the_clients_file(files: Files, url: str) -> 
     assert Client(place).read_health().status == "ok"
 
 
+def test_a_very_certificate_may_stand_in_the_clients_file_and_no_other_is_taken(
+    files: Files,
+) -> None:
+    other_name = issue("api", files.authority, addresses=("192.0.2.1",))
+    with run_api(FakeControl(), settings=files.settings(other_name)) as url:
+        for pinned, taken in ((other_name, True), (files.good, False), (files.authority, False)):
+            file = files.write("pinned.pem", pinned.certificate + files.authority.certificate)
+            text = f'{{"url": "{url}", "tokenFile": "{files.token}", "certificateFile": "{file}"}}'
+            place = find_place(None, None, {}, (files.write("client.json", text),))
+            if taken:
+                assert Client(place).read_health().status == "ok"
+            else:
+                with pytest.raises(ServiceNotFound, match="does not prove who it is"):
+                    Client(place).read_health()
+
+
 @pytest.mark.filterwarnings("ignore:.*TLSv1_1 is deprecated")
 @pytest.mark.parametrize(
     ("version", "taken"),

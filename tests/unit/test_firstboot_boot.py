@@ -55,7 +55,7 @@ def test_a_right_seed_is_in_force_whole(machine: Machine) -> None:
     assert find_active(machine) == {
         SETTINGS, MANAGEMENT, "/run/systemd/network/20-hairpin-lanes.network",
         *(f"{CONFIG}/{name}" for name in (
-            "api.pem", "api.key", "switch-ca.pem", "switch.pem", "switch.key", "boot.json",
+            "api.pem", "api.key", "switch-ca.pem", "switch.pem", "switch.key", "boot.json", "client.json",
         )),
     }  # fmt: skip
     files = machine.list_files()

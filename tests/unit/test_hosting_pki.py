@@ -102,6 +102,7 @@ def test_the_folder_is_written_once_for_its_owner_only(tmp_path: Path) -> None:
     assert files == sorted(
         [
             "secret",
+            "token",
             *(f"{end}.{kind}" for end in ("ca", "host", "appliance") for kind in ("pem", "key")),
         ]
     )
@@ -138,7 +139,7 @@ def test_what_is_in_the_folder_is_not_taken_unseen(tmp_path: Path) -> None:
 def test_a_host_with_certificates_of_its_own_gets_none(tmp_path: Path) -> None:
     kept = keep(parse_spec(f"{SPEC}tls: existing\n"), tmp_path / "keys", NOW)
     assert kept.pki is None
-    assert [path.name for path in (tmp_path / "keys").iterdir()] == ["secret"]
+    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["secret", "token"]
     assert find_folder(SPEC_ONE, None) == Path("hairpin-hv-1")
 
 

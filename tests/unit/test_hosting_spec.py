@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
+from appliance.firstboot.offer import Offered, build_mapping, read_offer
+from appliance.firstboot.parse import read_seed
 from appliance.hosting.pki import issue
 from appliance.hosting.spec import (
     HostSpec,
@@ -18,7 +20,7 @@ from appliance.hosting.spec import (
 )
 from appliance.hosting.vm import build_seed, render_domain, render_seed
 from steering.errors import WrongInput
-from tests.support.host_specs import SPEC
+from tests.support.host_specs import SPEC, TOKEN
 
 SECRET = bytes(32)
 
@@ -123,20 +125,35 @@ def test_the_vm_has_the_taps_that_the_switch_expects() -> None:
     ]
     assert shown == [(port.interface, port.mac, "1504") for port in ports]
     assert domain.find("devices/interface[@type='bridge']/source").attrib == {"bridge": "br-mgmt"}  # type: ignore[union-attr]
-    seed = yaml.safe_load(render_seed(spec, ports, None))["hairpin"]
+    seed = yaml.safe_load(render_seed(spec, ports, None, TOKEN))["hairpin"]
+    assert seed["api"] == {"token": TOKEN}
     assert seed["lanes"][0]["legC"] == {"interface": "hp-prev-c", "mac": ports[2].mac}
     assert "legC" not in seed["lanes"][1]
     assert seed["canary"]["interface"] == "hp-canary"
+
+
+def test_the_first_boot_takes_the_seed_that_a_host_is_prepared_with() -> None:
+    spec = parse_spec(SPEC)
+    pki = issue(spec.name, spec.names, spec.address, 1_800_000_000.0)
+    text = render_seed(spec, build_ports(spec, SECRET), pki, TOKEN)
+    offer, faults = read_offer(Offered({"hairpin.seed": text.encode()}))
+    assert faults == ()
+    reading = read_seed(build_mapping(offer))
+    assert reading.faults == ()
+    assert reading.document is not None
+    lanes = [lane.profile for lane in reading.document.lanes]
+    assert lanes == [lane.profile for lane in spec.lanes]
 
 
 def test_no_secret_is_in_what_others_may_read() -> None:
     spec: HostSpec = parse_spec(SPEC)
     ports = build_ports(spec, SECRET)
     pki = issue(spec.name, spec.names, spec.address, 1_800_000_000.0)
-    seed = build_seed(spec, ports, pki)["hairpin"]["switch"]
+    seed = build_seed(spec, ports, pki, TOKEN)["hairpin"]["switch"]
     assert seed["key"] == pki.appliance.key
     for secret in (pki.ca.key, pki.host.key):
         assert secret not in str(seed)
     domain = render_domain(spec, ports)
+    assert TOKEN not in domain
     assert "PRIVATE" not in domain
     assert not any(port.bfd_mac and port.bfd_mac in domain for port in ports)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.qemu import Nic, VmSpec, build_argv
+from tests.support.qemu import Nic, Vm, VmSpec, build_argv
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "image-build"
@@ -160,3 +160,10 @@ def test_a_vms_command_has_its_cards_seeds_and_credentials(tmp_path: Path) -> No
     assert "type=11,value=io.systemd.credential.binary:hairpin.seed=bmFtZTogYSwgYg==" in argv
     assert f"if=none,id=more0,format=raw,readonly=on,file={tmp_path}/a,,b.img" in argv
     assert argv[argv.index("-accel") + 1].startswith("tcg")
+
+
+def test_a_console_is_read_as_text(tmp_path: Path) -> None:
+    vm = Vm(VmSpec(disk=tmp_path / "disk.raw", directory=tmp_path))
+    coloured = b"[\x1b[0;32m  OK  \x1b[0m] \x1b[!p\x1b]104\x1b\\\x1b[?7h\x1b[6n\x1bP+q544e\x1b\\[fact] 1\r\n"
+    (tmp_path / "console.log").write_bytes(coloured)
+    assert vm.read_console() == "[  OK  ] [fact] 1\n"

@@ -85,6 +85,8 @@ hairpin:
     gateway: 192.0.2.1
     dns:
     - 192.0.2.53
+  api:
+    token: an-api-token-of-more-than-32-characters
   switch:
     bridge: br-int
     ovsdb: ssl:192.0.2.10:6640

@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[3]
 OUT = Path(os.environ.get("HAIRPIN_IMAGE_OUT", ROOT / "image-build" / "out"))
 KEYS = Path(os.environ.get("HAIRPIN_IMAGE_KEYS", ROOT / "image-build" / "keys"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = sorted(OUT.glob("hairpin_*.qcow2"))
     if not built or not (KEYS / "image.crt").exists():
-        pytest.skip(f"no image in {OUT}: `make image`")
+        pytest.fail(f"no image in {OUT}: `make image`")
     disk = tmp_path_factory.mktemp("real") / "disk.raw"
     run("qemu-img", "convert", "-O", "raw", built[-1], disk)
     return disk

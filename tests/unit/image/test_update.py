@@ -37,8 +37,8 @@ from tests.support.disk_images import Root, flipped, make_keys, make_root, run
 from tests.unit.image.conftest import Image, quiet
 
 ROOT = Path(__file__).resolve().parents[3]
-TRANSFERS = ROOT / "image-build" / "update" / "sysupdate.d"
-UNITS = ROOT / "image-build" / "update" / "system"
+TRANSFERS = ROOT / "image-build/mkosi.extra/usr/lib/hairpin/sysupdate.d"
+UNITS = ROOT / "image-build/mkosi.extra/usr/lib/systemd/system"
 # Debian 12 has no systemd-sysupdate: that of the image's own tools (image-build/tools.sh), or one that is named.
 TOOLS = Path(os.environ.get("HAIRPIN_TOOLS_TREE", ROOT / "image-build" / "cache" / "tools"))
 
@@ -161,7 +161,7 @@ def test_the_command_is_for_the_appliance(
 def tree() -> Path:
     """A Debian 13, with a place that it sees under the same name."""
     if not (TOOLS / "usr/lib/systemd/systemd-sysupdate").exists():
-        pytest.skip(f"no systemd-sysupdate in {TOOLS}: `make image` makes it")
+        pytest.fail(f"no systemd-sysupdate in {TOOLS}: `make image` makes it")
     return TOOLS
 
 
@@ -206,6 +206,7 @@ def read_partitions(disk: Path) -> tuple[Partition, ...]:
         return read_table(opened).partitions
 
 
+@pytest.mark.vm
 def test_sysupdate_writes_the_release_beside_the_running_one(
     image: Image, newer: Root, tree: Path, tmp_path: Path
 ) -> None:
