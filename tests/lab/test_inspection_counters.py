@@ -27,7 +27,7 @@ from tests.support.inspection_lane import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
+pytestmark = [pytest.mark.lab]
 
 DROPPED_WORD = b"NEVER-ARRIVES"
 RULE = (
@@ -106,8 +106,7 @@ def test_frames_are_counted_by_tag_in_and_out_and_by_the_engine(lane_lab: LaneLa
 
 
 def test_counters_say_since_when_and_of_which_engine(lane_lab: LaneLab) -> None:
-    lane = lane_lab.lane()
-    assert lane is not None
+    lane = wait_for(lambda: (now := lane_lab.lane()) and now.counters.engine and now, 15)
     assert lane.counters.engine is not None
     assert (lane.counters.engine.pid, lane.counters.engine.started) == (lane.pid, lane.started)
     since = lane.counters.frames_since
