@@ -41,9 +41,9 @@ def choose(names: Sequence[str], quick: bool) -> list[Group]:
     return [group for group in GROUPS if not (quick and group.feed)]
 
 
-def measure(groups: Sequence[Group], *, quick: bool) -> list[Row]:
+def measure(groups: Sequence[Group], rows: list[Row], *, quick: bool) -> None:
+    """Append what each group finds to ``rows``: what breaks off later takes nothing away from it."""
     effort = QUICK if quick else WHOLE
-    rows: list[Row] = []
     feed = any(group.feed for group in groups)
     if feed and not FEED.is_file():
         raise BenchError(f"there's no feed at {FEED} (HAIRPIN_SHARED)")
@@ -68,7 +68,6 @@ def measure(groups: Sequence[Group], *, quick: bool) -> list[Row]:
         if group.alone is not None:
             say(f"{group.name}: {group.text}")
             keep(group.alone(say, effort.changes))
-    return rows
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -92,14 +91,16 @@ def main() -> int:
     configure_logs("warning")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    rows: list[Row] = []
+    ended = 0
     try:
-        rows = measure(groups, quick=told.quick)
+        measure(groups, rows, quick=told.quick)
     except KeyboardInterrupt:
         print("interrupted; the lab is taken down", file=sys.stderr)
         return 130
     except (BenchError, HairpinError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 1
+        print(f"error: {fault}; the rows until then follow", file=sys.stderr)
+        ended = 1
     document = {"machine": find_machine(time.time()), "rows": [row.document() for row in rows]}
     out: Path = told.out or ROOT / "build" / f"bench{'-quick' if told.quick else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def main() -> int:
     blind = [one for row in rows for one in row.missed if "token exploit" in one]
     for one in blind:
         print(f"missed: {one}", file=sys.stderr)
-    return 1 if blind or (told.strict and not all(row.met for row in rows)) else 0
+    return 1 if ended or blind or (told.strict and not all(row.met for row in rows)) else 0
 
 
 if __name__ == "__main__":
