@@ -198,9 +198,10 @@ class Appliance:
         document: Any = None,
         *,
         token: str | None = "",
+        base: str = "/api/v1",
         **headers: str,
     ) -> Answer:
-        """One request below /api/v1. ``token`` "": the right one; None: none."""
+        """One request below ``base``. ``token`` "": the right one; None: none."""
         peer = http.client.HTTPConnection("127.0.0.1", self.lab.api_port, timeout=20)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if token is not None:
@@ -209,7 +210,7 @@ class Appliance:
         if document is not None:
             body, sent["Content-Type"] = json.dumps(document), "application/json"
         try:
-            peer.request(method, f"/api/v1{path}", body, sent)
+            peer.request(method, f"{base}{path}", body, sent)
             answer = peer.getresponse()
             text = answer.read()
         finally:
