@@ -40,7 +40,7 @@ from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
 from steering.switch.ovsdb import OvsdbMonitor, SwitchView
 from steering.switch.shortcuts import Shortcuts
-from steering.tasks import cancel_all
+from steering.tasks import cancel_all, wait_at_most
 from steering.tls import TlsFiles, find_ending
 from steering.widths import find_width_problems
 
@@ -241,7 +241,7 @@ class Reconciler:
             asyncio.create_task(self._keep(), name="reconcile"),
         ]
         try:
-            await asyncio.wait_for(self._first_view.wait(), wait_seconds)
+            await wait_at_most(self._first_view.wait(), wait_seconds)
         except TimeoutError:
             log.warning("the switch was not seen yet", seconds=wait_seconds)
 
@@ -537,7 +537,7 @@ class Reconciler:
 
     async def _wait(self, seconds: float) -> bool:
         try:
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            await wait_at_most(self._wake.wait(), seconds)
         except TimeoutError:
             return False
         return True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from steering.errors import CommandFailed
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("run")
 
@@ -111,7 +112,7 @@ async def _communicate(
     check: bool,
 ) -> Finished:
     try:
-        stdout, stderr = await asyncio.wait_for(
+        stdout, stderr = await wait_at_most(
             process.communicate(None if stdin is None else stdin.encode()), timeout
         )
     except (TimeoutError, asyncio.CancelledError) as stopped:

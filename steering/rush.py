@@ -8,6 +8,8 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
+from steering.tasks import wait_at_most
+
 T = TypeVar("T")
 
 MOST_SECONDS = 5.0
@@ -60,7 +62,7 @@ class Rush:
         self._waiting.add(event)
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(event.wait(), MOST_SECONDS)
+                await wait_at_most(event.wait(), MOST_SECONDS)
         finally:
             self._waiting.discard(event)
 

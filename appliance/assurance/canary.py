@@ -28,6 +28,7 @@ from steering.canary import PARTS
 from steering.counters import Counters
 from steering.errors import HairpinError
 from steering.model import Lane
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("canary")
 
@@ -208,7 +209,7 @@ class CanaryWatch:
                 await asyncio.sleep(max(0.3, soonest - time.monotonic()))
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wake.wait(), 1.0)
+                await wait_at_most(wake.wait(), 1.0)
 
     def _is_ready(self, lane: Lane) -> bool:
         engine = self._find_engine(lane)
@@ -219,7 +220,7 @@ class CanaryWatch:
         name = lane.name
         recording = self._store.write(lambda db: record_probe(db, began, name, cause, nonce))
         # Not longer: a store that is held by somebody makes each write wait.
-        probe_id = await asyncio.wait_for(recording, STORE_SECONDS)
+        probe_id = await wait_at_most(recording, STORE_SECONDS)
         started = time.monotonic()
         judgement, arrival = await self._send_and_judge(lane, nonce, probe_id, began)
         ended = self._clock()

@@ -31,6 +31,7 @@ from steering.accounting import Meter, parse_meter, read_growth, render_meter
 from steering.counters import Counters
 from steering.errors import HairpinError
 from steering.events import LaneChanged
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("failures")
 
@@ -180,7 +181,7 @@ class FailureWatch:
             self._wake.clear()
             try:
                 pause = FAILING_SECONDS if self._failures else WATCH_SECONDS
-                await asyncio.wait_for(self._wake.wait(), pause)
+                await wait_at_most(self._wake.wait(), pause)
             except TimeoutError:
                 pass
 

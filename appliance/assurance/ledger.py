@@ -20,6 +20,7 @@ from steering.errors import HairpinError
 from steering.ledger import Ledger
 from steering.model import Lane, Machine, PolicySet
 from steering.prove import Prover
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("ledger")
 
@@ -100,7 +101,7 @@ class LedgerWatch:
         self._event = int(rows[-1]["id"]) if rows else None
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), EVERY_SECONDS)
+                await wait_at_most(self._wake.wait(), EVERY_SECONDS)
             await self._settle()
             causes, self._causes = self._causes, []
             run = await self._prove(causes)
@@ -121,7 +122,7 @@ class LedgerWatch:
         while self._wake.is_set() and time.monotonic() < deadline:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), SETTLE_SECONDS)
+                await wait_at_most(self._wake.wait(), SETTLE_SECONDS)
         self._wake.clear()
 
     async def _prove(self, causes: Sequence[str]) -> LedgerRun:

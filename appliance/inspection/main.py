@@ -34,6 +34,7 @@ from appliance.inspection.queueing import check_queues
 from appliance.inspection.supervisor import LaneSupervisor
 from appliance.settings import Settings
 from steering.errors import HairpinError, WrongInput
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("inspection")
 
@@ -129,7 +130,7 @@ class Inspection:
                 # Devices that come and go all the time must not keep us busy.
                 await asyncio.sleep(NETWORK_GAP)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), NETWORK_PERIOD)
+                    await wait_at_most(changed.wait(), NETWORK_PERIOD)
 
     async def _write_redirection(
         self, supervisor: LaneSupervisor, device: str, *, first: bool
@@ -241,7 +242,7 @@ class Inspection:
             except OSError as fault:
                 log.error("state not published", reason=str(fault))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), PUBLISH_PERIOD)
+                await wait_at_most(self._changed.wait(), PUBLISH_PERIOD)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Until `stopping`; then the engines are ended in order. An error of ours leaves them."""

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from appliance.inspection.placement import Cores, ThreadSight
 from appliance.inspection.publish import write_atomically
 from steering.errors import CommandFailed
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("inspection.process")
 
@@ -145,14 +146,14 @@ class EngineProcess:
         # A stopped process would not see the signal before it goes on.
         self.send(signal.SIGCONT)
         try:
-            await asyncio.wait_for(self.gone.wait(), grace)
+            await wait_at_most(self.gone.wait(), grace)
         except TimeoutError:
             log.warning("engine killed", pid=self.pid, grace=grace)
             await self.kill()
 
     async def kill(self) -> None:
         self.send(signal.SIGKILL)
-        await asyncio.wait_for(self.gone.wait(), 10.0)
+        await wait_at_most(self.gone.wait(), 10.0)
 
 
 def start_engine(argv: Sequence[str], log_file: Path, config: str, now: float) -> EngineProcess:

@@ -51,6 +51,7 @@ from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.model import Lane
 from steering.run import run_async
+from steering.tasks import wait_at_most
 
 START_LIMIT = 300.0
 """Seconds an engine may take to load its rules and answer."""
@@ -314,7 +315,7 @@ class LaneSupervisor:
                     f"see {self.paths.log}",
                 )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._engine.gone.wait(), 0.05)
+                await wait_at_most(self._engine.gone.wait(), 0.05)
         await self._check_start(ruleset)
 
     async def _check_start(self, ruleset: Ruleset) -> None:
@@ -374,7 +375,7 @@ class LaneSupervisor:
                 return
             await self._tend(process)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.gone.wait(), BEAT)
+                await wait_at_most(process.gone.wait(), BEAT)
         self._note_exit(process)
 
     async def _is_outdated(self, process: EngineProcess) -> bool:

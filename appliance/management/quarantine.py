@@ -25,6 +25,7 @@ from steering.counters import Count, Counters
 from steering.errors import SwitchError
 from steering.model import Machine
 from steering.reconcile import Reconciler
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("quarantine")
 
@@ -174,7 +175,7 @@ class QuarantineWork:
             wait = min((end - now for end in ends), default=FOR_EVER)
             with contextlib.suppress(TimeoutError):
                 # The clock may be set meanwhile: looked at now and then.
-                await asyncio.wait_for(self._wake.wait(), min(max(wait, 0.01), 60.0))
+                await wait_at_most(self._wake.wait(), min(max(wait, 0.01), 60.0))
 
     async def _end(self, one: Quarantine) -> tuple[Quarantine, float]:
         left = self.vm_ids - {one.vm_id}

@@ -30,6 +30,7 @@ from appliance.visibility.record import LINE_LIMIT, build_name, parse_record, re
 from appliance.visibility.spool import Spool
 from appliance.visibility.state import Isolation, ObserverState, Totals, write_state
 from steering.errors import HairpinError, WrongInput
+from steering.tasks import wait_at_most
 
 log = structlog.get_logger("observe")
 
@@ -188,7 +189,7 @@ class Observer:
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    status = await asyncio.wait_for(process.wait(), 0.5)
+                    status = await wait_at_most(process.wait(), 0.5)
                     return f"nfstream's process ended with {status}"
                 fault = watch.find_fault(
                     worker,

@@ -13,6 +13,7 @@ import structlog
 from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES, Table
 from steering.run import end_process
 from steering.switch.openflow import LearnedAddress, parse_learned
+from steering.tasks import wait_at_most
 from steering.tls import TlsFiles, find_options
 
 log = structlog.get_logger("monitor")
@@ -87,7 +88,7 @@ class FlowMonitor:
                     await self._take(raw.decode(errors="replace"))
                 # It closed its output, so it is ending; a kill now would race with its reaping.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(process.wait(), 1.0)
+                    await wait_at_most(process.wait(), 1.0)
             finally:
                 if process.returncode is None:
                     await end_process(process)
