@@ -35,7 +35,9 @@ PACKAGES=(
     # a clock that jumps, for one process, in the fault campaign
     faketime
     # small images, for the tests of reading them
-    cryptsetup-bin erofs-utils sbsigntool mtools dosfstools gdisk qemu-utils systemd-boot-efi
+    cryptsetup-bin erofs-utils sbsigntool mtools dosfstools e2fsprogs gdisk qemu-utils systemd-boot-efi
+    # systemd-analyze for the image's units, networkd for what first boot writes
+    systemd
     # the ground they stand on
     ca-certificates jq libcap2-bin mount passwd procps util-linux python3 python3-venv
 )
