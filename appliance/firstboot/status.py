@@ -11,12 +11,11 @@ from typing import Any
 
 import aiohttp
 import structlog
-from pydantic import ValidationError
 from pyroute2 import IPRoute, NetlinkError
 
 from appliance.api.auth import read_token
 from appliance.api.documents import Health, HealthSummary
-from appliance.firstboot.certificates import find_fingerprint
+from appliance.api.tls import build_pin
 from appliance.firstboot.console import ConsoleFacts, Trouble, is_news, render_console
 from appliance.firstboot.faults import read_report
 from appliance.firstboot.places import Places
@@ -156,8 +155,7 @@ async def read_health(settings: Settings) -> Health | HealthSummary | str:
     try:
         scheme, pin = "http", None
         if api.cert_file is not None:
-            digest = bytes.fromhex(find_fingerprint(api.cert_file.read_text()).replace(":", ""))
-            scheme, pin = "https", aiohttp.Fingerprint(digest)
+            scheme, pin = "https", build_pin(api.cert_file)
         headers, path, model = {}, "/health", HealthSummary
         try:
             headers = {"Authorization": f"Bearer {read_token(settings.token_file)}"}
@@ -170,5 +168,5 @@ async def read_health(settings: Settings) -> Health | HealthSummary | str:
             session.get(url, ssl=True if pin is None else pin, allow_redirects=False) as got,
         ):
             return model.model_validate_json(await got.text())
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, ValidationError) as fault:
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, HairpinError) as fault:
         return (str(fault).partition("\n")[0] or type(fault).__name__)[:200]

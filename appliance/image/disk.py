@@ -152,11 +152,8 @@ def open_to_read(path: Path, progress: Progress) -> Iterator[Source]:
             _run_qemu(
                 ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw)], path
             )
-            inner = _open(raw, os.O_RDONLY)
-            try:
-                yield RawDisk(inner, raw)
-            finally:
-                os.close(inner)
+            with open_device_to_read(raw) as unpacked:
+                yield unpacked
     finally:
         os.close(handle)
 
