@@ -18,7 +18,6 @@ import yaml
 from appliance.firstboot import door
 from appliance.firstboot.faults import read_report
 from appliance.settings import read_settings
-from tests.support.networkd import NETWORKD
 from tests.support.seed import TOKEN, build_seed, change
 
 pytestmark = pytest.mark.lab
@@ -130,7 +129,6 @@ def test_a_device_that_is_missing_is_waited_for_and_told(
     assert not (root / "run/hairpin-config/settings.yaml").exists()
 
 
-@pytest.mark.skipif(not Path(NETWORKD).exists(), reason="no systemd-networkd on this machine")
 def test_networkd_does_what_the_files_say(
     tmp_path: Path, credentials: Path, namespace: Namespace
 ) -> None:
