@@ -24,7 +24,7 @@ from tests.support.shortcut_lane import (
     talk_tls,
 )
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side, pytest.mark.slow]
 
 SIZE = PRIORITY_CODES[Trigger.ONE_MEGABYTE]
 TLS = PRIORITY_CODES[Trigger.TLS_HANDSHAKE]
