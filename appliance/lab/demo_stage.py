@@ -51,6 +51,7 @@ http {{
     server {{
         listen 80;
         listen [::]:80 ipv6only=on;
+        location = /bulk {{ root {directory}; }}
         location / {{ return 200 "here is {vm}\\n"; }}
     }}
 }}
