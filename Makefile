@@ -43,7 +43,7 @@ test: check  ## all the checks and all the tests, those in the lab too, but not 
 test-unit: setup  ## the tests that need no lab
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab and not vm' tests/unit tests/golden $(PYTEST_ARGS)
 
-image:  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
+image: setup  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
 	@image-build/setup-image.sh
 	@$(foreach name,$(IMAGE_OPTIONS),$(if $($(name)),$(name)="$($(name))")) image-build/build.sh
 

@@ -1,4 +1,4 @@
-"""`hairpin image`: verify, sign, refresh, rules, extract, update, check."""
+"""`hairpin image`: verify, sign, refresh, rules, extract, update, check, boots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from appliance.commands.output import (
     print_table,
     render_time,
 )
-from appliance.paths import IMAGE_CERTIFICATE
+from appliance.paths import BOOT_REPORT, IMAGE_CERTIFICATE
 from steering.errors import FieldError, HairpinError, WrongInput
 
 if (
@@ -34,6 +34,7 @@ if (
 ):  # each command imports what it needs: starting up is most of what most of them take
     from cryptography.x509 import Certificate as X509
 
+    from appliance.image.boots import BootVersion
     from appliance.image.bundle import Bundle
     from appliance.image.manifest import Manifest
     from appliance.image.update import Release
@@ -125,6 +126,23 @@ class ReleaseReport(ApiDocument):
     signer: str
     files: tuple[str, ...] = ()
     written: bool = False
+
+
+class BootVersionReport(ApiDocument):
+    """``left``: tries that the boot loader counts; none once it was found good."""
+
+    version: str
+    running: bool
+    left: int | None = None
+    done: int = 0
+    failed: bool = False
+    lacking: tuple[str, ...] = ()
+
+
+class BootVersionList(ApiDocument):
+    """What `image boots` prints."""
+
+    items: tuple[BootVersionReport, ...]
 
 
 class BootReport(ApiDocument):
@@ -414,6 +432,8 @@ def update(
         work.run_sysupdate(release.version)
         with open_device_to_read(device) as written:
             work.check_written(written, release, trusted, _note)
+    if BOOT_REPORT.exists():
+        _write_boots(BOOT_REPORT)
     text = f"version {release.version} is written; it is tried at the next boot: `systemctl reboot`"
     _print_release(release, json, written=True, text=text)
 
@@ -442,6 +462,12 @@ def check(
     canary: Annotated[
         bool, typer.Option("--canary/--no-canary", help="Have every lane block its canary.")
     ] = True,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record", metavar="FILE", help="Keep there what is lacking, for the version before."
+        ),
+    ] = None,
     always: Annotated[
         bool, typer.Option("--always", help="Also when the boot loader has nothing on trial.")
     ] = False,
@@ -451,7 +477,7 @@ def check(
 ) -> None:
     """After a boot: does every lane forward, and block its canary? Status 1 sends a version on trial back."""
     from appliance.client import open_client
-    from appliance.image import bootcheck
+    from appliance.image import bootcheck, boots
 
     boot = bootcheck.read_boot()
     if not always and not (boot.trial and boot.others):
@@ -469,6 +495,8 @@ def check(
     report = BootReport(passed=verdict.passed, trial=boot.trial, lacking=verdict.lacking)
     _print_boot(report, json, "every lane forwards" + (" and blocks its canary" if canary else ""))
     if not verdict.passed:
+        if record is not None:
+            boots.keep_record(_find_running_version(), verdict.lacking, record)
         raise typer.Exit(1)
 
 
@@ -496,3 +524,57 @@ def _print_boot(report: BootReport, json: bool, text: str) -> None:
         print_line(text)
     for one in report.lacking:
         print_line(f"lacking: {clean(one)}")
+
+
+@app.command("boots")
+def show_boots(
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE", help="For health; nothing is printed.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """On the appliance, as root: which versions there are, what the boot loader thinks of each, which failed."""
+    if write is not None:
+        _write_boots(write)
+        return
+    found = tuple(
+        BootVersionReport(
+            version=one.version,
+            running=one.running,
+            left=one.left,
+            done=one.done,
+            failed=one.failed,
+            lacking=one.lacking,
+        )
+        for one in _read_boots()
+    )
+    if json:
+        return print_json(BootVersionList(items=found))
+    rows = [
+        (one.version, "runs" if one.running else "", _describe_boot(one), "; ".join(one.lacking))
+        for one in found
+    ]
+    print_table(("version", "now", "state", "what was lacking"), rows, "there are none")
+
+
+def _describe_boot(one: BootVersionReport) -> str:
+    if one.left is None:
+        return "good"
+    return f"failed {one.done} times" if one.failed else f"on trial, {one.left} tries left"
+
+
+def _read_boots() -> tuple[BootVersion, ...]:
+    from appliance.image import boots
+
+    return boots.judge_boots(boots.read_kernels(), _find_running_version(), boots.read_record())
+
+
+def _write_boots(path: Path) -> None:
+    from appliance.image import boots
+
+    try:
+        boots.write_versions(_read_boots(), path)
+    except OSError as fault:
+        raise HairpinError(
+            f"{path}: {fault.strerror}", "this is the boot report's unit's"
+        ) from fault

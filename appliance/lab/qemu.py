@@ -53,10 +53,18 @@ class Nic:
         return cls(mac, f"tap,ifname={name},script=no,downscript=no{several}", options=card)
 
     @classmethod
-    def user(cls, mac: str, forwards: Mapping[int, int]) -> Nic:
-        """QEMU's own little network, cut off from all others; ``forwards`` loopback's ports to the VM's."""
+    def user(
+        cls, mac: str, forwards: Mapping[int, int], outward: Mapping[str, str] | None = None
+    ) -> Nic:
+        """QEMU's own little network, cut off from all others; ``forwards`` loopback's ports to the VM's.
+
+        ``outward``: `ADDRESS:PORT` of that network, and the command that a connection to it is the input of.
+        """
         ports = "".join(
             f",hostfwd=tcp:127.0.0.1:{ours}-:{theirs}" for ours, theirs in forwards.items()
+        )
+        ports += "".join(
+            f",guestfwd=tcp:{at}-cmd:{_escape(command)}" for at, command in (outward or {}).items()
         )
         return cls(mac, f"user,restrict=on{ports}")
 
