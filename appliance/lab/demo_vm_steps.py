@@ -70,12 +70,12 @@ def run_boot(stage: Stage) -> Iterator[Check]:
     stage.say("frames pass through both lanes; waiting for the API")
     if not wait_until(lambda: _fetch(stage), API_SECONDS, 2.0):
         raise HairpinError("the API does not answer")
-    told, fine = _wait_health(stage)
+    words, fine = _wait_health(stage)
     yield Check(
         "",
         f"the image boots ({'KVM' if kvm else 'TCG'})",
         "inspecting, healthy",
-        f"lanes after {forwarding:.0f} s; health after {time.monotonic() - began:.0f} s: {told}",
+        f"lanes after {forwarding:.0f} s; health after {time.monotonic() - began:.0f} s: {words}",
         fine,
     )
     shown = read_fingerprint(state.api_certificate)
