@@ -1,4 +1,4 @@
-"""`make demo-vm` from end to end: the image as a service host, broken and mended under traffic (10 minutes under TCG)."""
+"""`make demo-vm` from end to end: the image as a service host, broken and mended under traffic (TCG: 10 minutes)."""
 
 from __future__ import annotations
 
