@@ -30,6 +30,7 @@ from appliance.lab.vm_lab import (
     find_switch_changes,
     is_vm_running,
     read_fingerprint,
+    read_switch,
     read_vm_console,
     run_on_host,
     send_vm_command,
@@ -51,13 +52,15 @@ OFF_SECONDS = 120.0
 def run_boot(stage: Stage) -> Iterator[Check]:
     """The host is prepared, the VM boots from its seed, and its API is who the console says."""
     state = stage.state
+    switch = read_switch(state)
+    ports = [name for name in switch.ports.split() if name.startswith("hp-")]
+    listeners = [one for one in switch.listeners.split() if one.startswith(("pssl:", "ptcp:"))]
     yield Check(
         "",
         "hairpin host prepare --apply",
-        "ports, mutual TLS",
-        f"{len(find_switch_changes(state))} parts of the switch differ; "
-        f"legs wait: {', '.join(find_forwarding_legs(state))}",
-        bool(find_switch_changes(state)),
+        "7 ports, 2 by TLS",
+        f"{len(ports)} ports; {', '.join(listeners)}",
+        len(ports) == 7 and [one.partition(":")[0] for one in listeners] == ["pssl", "pssl"],
     )
     kvm = can_use_kvm()
     stage.say("switching the VM on")
