@@ -14,6 +14,7 @@ import contextlib
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ START_SECONDS = 10.0
 SECONDS = 20.0
 VERSION = ("-O", "OpenFlow15", "--no-names")
 LOCAL_OFPORT = 65534
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+_LAUNCH = (
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {_SIGKILL}, 0, 0, 0); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +193,14 @@ class Replica:
         return f"unix:{self._directory}/db.sock"
 
     async def _begin(self, *argv: str) -> None:
-        """A program that ends with us, however we end (prctl(2), PR_SET_PDEATHSIG)."""
+        """A program that ends with us, however we end (prctl(2), PR_SET_PDEATHSIG).
+
+        Not by setpriv(1), which sets its capabilities anew, even to what they are: the appliance's unit forbids that.
+        """
         names = ("OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "OVS_SYSCONFDIR")
         directory = str(self._directory)
         process = await asyncio.create_subprocess_exec(
-            "setpriv", "--pdeathsig", "KILL", "--", *argv, "-vconsole:off", "-vsyslog:off",
+            sys.executable, "-I", "-S", "-c", _LAUNCH, *argv, "-vconsole:off", "-vsyslog:off",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
@@ -203,9 +212,10 @@ class Replica:
     async def _wait(self, path: Path) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not path.is_socket():
-            ended = any(one.returncode is not None for one in self._processes)
+            ended = [one.returncode for one in self._processes if one.returncode is not None]
             if ended or time.monotonic() >= deadline:
-                raise OSError(f"{path.name} did not appear")
+                why = f"its program ended with status {ended[0]}" if ended else "too slow"
+                raise OSError(f"{path.name} did not appear: {why}")
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
