@@ -133,6 +133,7 @@ class BootVersionReport(ApiDocument):
 
     version: str
     running: bool
+    state: str
     left: int | None = None
     done: int = 0
     failed: bool = False
@@ -413,6 +414,13 @@ def update(
         Path | None,
         typer.Option("--disk", metavar="DEVICE", help="The appliance's disk; found if not given."),
     ] = None,
+    if_new: Annotated[
+        bool,
+        typer.Option(
+            "--if-new",
+            help="Do nothing, well, where this version is there already: running, waiting, or tried and failed.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """On the appliance, as root: write a newer version beside the one that runs; it is tried at the next boot."""
@@ -423,6 +431,10 @@ def update(
         raise HairpinError("only root may write a new version", "run it as root")
     trusted = _read_trusted(certificate)
     running = _find_running_version()
+    if if_new and (known := _find_known(work.find_named_version(source))):
+        # A disk that stays attached is seen at each boot, also after its version was sent back.
+        print_line(f"nothing to do: version {known.version} is here already ({known.state})")
+        return
     device = disk or work.find_disk()
     with work.stage(source, work.STAGING, _note) as files:
         release = work.check_release(files, trusted, _note)
@@ -436,6 +448,10 @@ def update(
         _write_boots()
     text = f"version {release.version} is written; it is tried at the next boot: `systemctl reboot`"
     _print_release(release, json, written=True, text=text)
+
+
+def _find_known(version: str | None) -> BootVersion | None:
+    return next((one for one in _read_boots() if one.version == version), None)
 
 
 def _find_running_version() -> str:
@@ -540,6 +556,7 @@ def show_boots(json: options.Json = False) -> None:
         BootVersionReport(
             version=one.version,
             running=one.running,
+            state=one.state,
             left=one.left,
             done=one.done,
             failed=one.failed,
@@ -550,16 +567,10 @@ def show_boots(json: options.Json = False) -> None:
     if json:
         return print_json(BootVersionList(items=found))
     rows = [
-        (one.version, "runs" if one.running else "", _describe_boot(one), "; ".join(one.lacking))
+        (one.version, "runs" if one.running else "", one.state, "; ".join(one.lacking))
         for one in found
     ]
     print_table(("version", "now", "state", "what was lacking"), rows, "there are none")
-
-
-def _describe_boot(one: BootVersionReport) -> str:
-    if one.left is None:
-        return "good"
-    return f"failed {one.done} times" if one.failed else f"on trial, {one.left} tries left"
 
 
 def _read_boots() -> tuple[BootVersion, ...]:

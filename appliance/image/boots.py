@@ -55,6 +55,14 @@ class BootVersion:
         """It had its tries, and another version runs."""
         return self.left == 0 and not self.running
 
+    @property
+    def state(self) -> str:
+        """For people."""
+        if self.left is None:
+            return "good"
+        times = "once" if self.done == 1 else f"{self.done} times"
+        return f"tried {times} and failed" if self.failed else f"on trial, tries left: {self.left}"
+
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
@@ -90,8 +98,7 @@ def judge_boots(
 def render_failed(one: BootVersion, running: str) -> str:
     """A sentence for health. Pure."""
     why = "; ".join(one.lacking) or "it never came as far as to be checked"
-    times = "once" if one.done == 1 else f"{one.done} times"
-    return f"version {one.version} was tried {times} and failed, {running} runs again: {why}"
+    return f"version {one.version} was {one.state}, {running} runs again: {why}"
 
 
 def find_image_version(text: str) -> str | None:

@@ -125,6 +125,8 @@ def test_a_release_is_taken_out_of_an_image(
     assert told["version"] == "0.1.0"
     assert sorted(told["files"]) == sorted(one.name for one in out.iterdir())
     assert find_parts(out)["root"].read_bytes() == image.root.data.read_bytes()
+    assert update.find_named_version(out) == "0.1.0"
+    assert update.find_named_version(image.disk) is None
     with stage(image.disk, tmp_path / "staged", quiet) as files:
         assert check_release(files, image.trusted, quiet).version == "0.1.0"
     assert not (tmp_path / "staged").exists()
