@@ -133,6 +133,7 @@ class BootVersionReport(ApiDocument):
 
     version: str
     running: bool
+    state: str
     left: int | None = None
     done: int = 0
     failed: bool = False
@@ -413,6 +414,13 @@ def update(
         Path | None,
         typer.Option("--disk", metavar="DEVICE", help="The appliance's disk; found if not given."),
     ] = None,
+    if_new: Annotated[
+        bool,
+        typer.Option(
+            "--if-new",
+            help="Do nothing, well, where this version is there already: running, waiting, or tried and failed.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """On the appliance, as root: write a newer version beside the one that runs; it is tried at the next boot."""
@@ -423,6 +431,10 @@ def update(
         raise HairpinError("only root may write a new version", "run it as root")
     trusted = _read_trusted(certificate)
     running = _find_running_version()
+    if if_new and (known := _find_known(work.find_named_version(source))):
+        # A disk that stays attached is seen at each boot, also after its version was sent back.
+        print_line(f"nothing to do: version {known.version} is here already ({known.state})")
+        return
     device = disk or work.find_disk()
     with work.stage(source, work.STAGING, _note) as files:
         release = work.check_release(files, trusted, _note)
@@ -433,21 +445,27 @@ def update(
         with open_device_to_read(device) as written:
             work.check_written(written, release, trusted, _note)
     if BOOT_REPORT.exists():
-        _write_boots(BOOT_REPORT)
+        _write_boots()
     text = f"version {release.version} is written; it is tried at the next boot: `systemctl reboot`"
     _print_release(release, json, written=True, text=text)
 
 
+def _find_known(version: str | None) -> BootVersion | None:
+    return next((one for one in _read_boots() if one.version == version), None)
+
+
 def _find_running_version() -> str:
+    from appliance.image.boots import OS_RELEASE, find_image_version
+
     try:
-        text = Path("/etc/os-release").read_text(encoding="utf-8", errors="replace")
+        found = find_image_version(OS_RELEASE.read_text(encoding="utf-8", errors="replace"))
     except OSError as fault:
-        raise HairpinError(f"/etc/os-release: {fault.strerror}") from fault
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        if name == "IMAGE_VERSION" and value:
-            return value.strip("\"'")
-    raise HairpinError("this is no appliance image", "an image is updated on the appliance itself")
+        raise HairpinError(f"{OS_RELEASE}: {fault.strerror}") from fault
+    if found is None:
+        raise HairpinError(
+            "this is no appliance image", "an image is updated on the appliance itself"
+        )
+    return found
 
 
 @app.command("check")
@@ -479,7 +497,12 @@ def check(
     from appliance.client import open_client
     from appliance.image import bootcheck, boots
 
-    boot = bootcheck.read_boot()
+    try:
+        boot = bootcheck.read_boot()
+    except HairpinError as fault:
+        # Checked all the same: a new version must not be kept because nobody could ask.
+        print_note(clean(fault.reason))
+        boot = bootcheck.Boot(trial=True, others=1)
     if not always and not (boot.trial and boot.others):
         why = "no other version to go back to" if boot.trial else "this version is not on trial"
         _print_boot(BootReport(passed=True, trial=boot.trial), json, f"nothing to check: {why}")
@@ -527,20 +550,13 @@ def _print_boot(report: BootReport, json: bool, text: str) -> None:
 
 
 @app.command("boots")
-def show_boots(
-    write: Annotated[
-        Path | None, typer.Option("--write", metavar="FILE", help="For health; nothing is printed.")
-    ] = None,
-    json: options.Json = False,
-) -> None:
+def show_boots(json: options.Json = False) -> None:
     """On the appliance, as root: which versions there are, what the boot loader thinks of each, which failed."""
-    if write is not None:
-        _write_boots(write)
-        return
     found = tuple(
         BootVersionReport(
             version=one.version,
             running=one.running,
+            state=one.state,
             left=one.left,
             done=one.done,
             failed=one.failed,
@@ -551,30 +567,26 @@ def show_boots(
     if json:
         return print_json(BootVersionList(items=found))
     rows = [
-        (one.version, "runs" if one.running else "", _describe_boot(one), "; ".join(one.lacking))
+        (one.version, "runs" if one.running else "", one.state, "; ".join(one.lacking))
         for one in found
     ]
     print_table(("version", "now", "state", "what was lacking"), rows, "there are none")
 
 
-def _describe_boot(one: BootVersionReport) -> str:
-    if one.left is None:
-        return "good"
-    return f"failed {one.done} times" if one.failed else f"on trial, {one.left} tries left"
-
-
 def _read_boots() -> tuple[BootVersion, ...]:
     from appliance.image import boots
 
-    return boots.judge_boots(boots.read_kernels(), _find_running_version(), boots.read_record())
+    try:
+        return boots.read_boots()
+    except OSError as fault:
+        raise HairpinError(f"{fault.filename}: {fault.strerror}", "run it as root") from fault
 
 
-def _write_boots(path: Path) -> None:
+def _write_boots() -> None:
+    """For health, which is told by the boot report otherwise."""
     from appliance.image import boots
 
     try:
-        boots.write_versions(_read_boots(), path)
+        boots.write_versions(_read_boots(), BOOT_REPORT)
     except OSError as fault:
-        raise HairpinError(
-            f"{path}: {fault.strerror}", "this is the boot report's unit's"
-        ) from fault
+        raise HairpinError(f"{BOOT_REPORT}: {fault.strerror}", "run it as root") from fault

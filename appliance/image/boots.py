@@ -3,65 +3,74 @@
 The boot loader counts in the names of the kernels (systemd's Automatic Boot Assessment): `hairpin_V.efi` is good,
 `hairpin_V+2-1.efi` has two tries left of three, `hairpin_V+0-3.efi` has none. Only root sees the boot partition, so
 hairpin-boot-report.service writes what health shows. Why a version failed is what its own check said last.
+
+It runs as `python -m appliance.image.boots FILE` at each boot, and takes in no more than it needs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+log = logging.getLogger("image")
 
-from appliance.image.bootcheck import KERNEL_DIRECTORIES
-
-log = structlog.get_logger("image")
-
+KERNEL_DIRECTORIES = (Path("/efi/EFI/Linux"), Path("/boot/EFI/Linux"))
+OS_RELEASE = Path("/etc/os-release")
 RECORD = Path("/var/lib/hairpin-boot/trial.json")
 FILE_LIMIT = 64 * 2**10
+VERSIONS_LIMIT = 100
 LACKING_LIMIT = 20
+_LETTERS = 300
 _KERNEL = re.compile(
     r"hairpin_([0-9][0-9A-Za-z.~^-]{0,19}?)(?:\+([0-9]{1,4})(?:-([0-9]{1,4}))?)?\.efi"
 )
 
 
-class BootVersion(BaseModel):
+@dataclass(frozen=True, slots=True)
+class BootVersion:
     """``left`` None: it was found good, nothing is counted. ``lacking``: what its last check said, when it failed.
 
     ``at`` of that check, in seconds since the epoch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    version: str = Field(max_length=20)
+    version: str
     left: int | None = None
     done: int = 0
     running: bool = False
     at: float | None = None
-    lacking: tuple[str, ...] = Field(default=(), max_length=LACKING_LIMIT)
+    lacking: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:
         """It had its tries, and another version runs."""
         return self.left == 0 and not self.running
 
+    @property
+    def state(self) -> str:
+        """For people."""
+        if self.left is None:
+            return "good"
+        times = "once" if self.done == 1 else f"{self.done} times"
+        return f"tried {times} and failed" if self.failed else f"on trial, tries left: {self.left}"
 
-class BootVersions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    versions: tuple[BootVersion, ...] = Field(default=(), max_length=100)
 
-
-class TrialRecord(BaseModel):
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
     """What the check of a version on trial said when it failed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    version: str = Field(max_length=20)
+    version: str
     at: float
-    lacking: tuple[str, ...] = Field(max_length=LACKING_LIMIT)
+    lacking: tuple[str, ...]
 
 
 def judge_boots(
@@ -89,8 +98,19 @@ def judge_boots(
 def render_failed(one: BootVersion, running: str) -> str:
     """A sentence for health. Pure."""
     why = "; ".join(one.lacking) or "it never came as far as to be checked"
-    times = "once" if one.done == 1 else f"{one.done} times"
-    return f"version {one.version} was tried {times} and failed, {running} runs again: {why}"
+    return f"version {one.version} was {one.state}, {running} runs again: {why}"
+
+
+def find_image_version(text: str) -> str | None:
+    """Of os-release(5); None outside of an image. Pure."""
+    found = re.search(r"""^IMAGE_VERSION=["']?([^"'\n]+)""", text, re.MULTILINE)
+    return None if found is None else found[1]
+
+
+def read_boots() -> tuple[BootVersion, ...]:
+    """What root sees. Raises OSError."""
+    running = find_image_version(OS_RELEASE.read_text(encoding="utf-8", errors="replace"))
+    return judge_boots(read_kernels(), running or "", read_record())
 
 
 def read_kernels(directories: Sequence[Path] = KERNEL_DIRECTORIES) -> tuple[str, ...]:
@@ -101,55 +121,78 @@ def read_kernels(directories: Sequence[Path] = KERNEL_DIRECTORIES) -> tuple[str,
 def read_record(path: Path = RECORD) -> TrialRecord | None:
     """None where no check failed, or what it wrote can't be read: the boot loader's count says enough."""
     try:
-        return TrialRecord.model_validate_json(_read(path))
+        found = _read(path)
+        return TrialRecord(str(found["version"]), float(found["at"]), _take_lacking(found))
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as fault:
-        log.warning("what the last check said can't be read", path=str(path), reason=str(fault))
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        log.warning("what the last check said can't be read: %s: %s", path, fault)
         return None
 
 
 def keep_record(version: str, lacking: Sequence[str], path: Path = RECORD) -> None:
     """For the version that runs after this one. A disk that takes no write must not change what is booted."""
-    short = tuple(one[:300] for one in lacking[:LACKING_LIMIT])
-    record = TrialRecord(version=version, at=time.time(), lacking=short)
+    short = tuple(one[:_LETTERS] for one in lacking[:LACKING_LIMIT])
     try:
-        _write(path, record.model_dump_json())
+        _write(path, asdict(TrialRecord(version, time.time(), short)), 0o600)
     except OSError as fault:
-        log.error("what is lacking can't be kept", path=str(path), reason=str(fault))
+        log.error("what is lacking can't be kept: %s: %s", path, fault)
 
 
 def write_versions(versions: Sequence[BootVersion], path: Path) -> None:
     """Raises OSError."""
-    _write(path, BootVersions(versions=tuple(versions)).model_dump_json())
-    path.chmod(0o644)
+    _write(path, {"versions": [asdict(one) for one in versions]}, 0o644)
 
 
 def read_versions(path: Path) -> tuple[BootVersion, ...]:
     """What was written for health; empty outside of an image. Never raises: what can't be read is logged."""
     try:
-        return BootVersions.model_validate_json(_read(path)).versions
+        return tuple(_parse_version(one) for one in _read(path)["versions"][:VERSIONS_LIMIT])
     except FileNotFoundError:
         return ()
-    except (OSError, ValidationError) as fault:
-        log.warning("the versions can't be read", path=str(path), reason=str(fault))
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        log.warning("the versions can't be read: %s: %s", path, fault)
         return ()
 
 
-def _read(path: Path) -> bytes:
+def _parse_version(found: dict[str, Any]) -> BootVersion:
+    left, at = found["left"], found["at"]
+    return BootVersion(
+        version=str(found["version"]),
+        left=None if left is None else int(left),
+        done=int(found["done"]),
+        running=bool(found["running"]),
+        at=None if at is None else float(at),
+        lacking=_take_lacking(found),
+    )
+
+
+def _take_lacking(found: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(one)[:_LETTERS] for one in found["lacking"][:LACKING_LIMIT])
+
+
+def _read(path: Path) -> dict[str, Any]:
     with open(path, "rb") as opened:
-        return opened.read(FILE_LIMIT)
+        value = json.loads(opened.read(FILE_LIMIT))
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, value: dict[str, Any], mode: int) -> None:
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(fresh, "x", encoding="utf-8") as opened:
-            opened.write(text + "\n")
+            opened.write(json.dumps(value) + "\n")
             opened.flush()
             os.fsync(opened.fileno())
+        fresh.chmod(mode)
         fresh.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise
+
+
+if __name__ == "__main__":
+    write_versions(read_boots(), Path(sys.argv[1]))

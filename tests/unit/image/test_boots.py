@@ -68,8 +68,14 @@ def test_what_is_lacking_outlives_the_version(tmp_path: Path) -> None:
     record = read_record(path)
     assert record is not None
     assert (record.version, len(record.lacking), len(record.lacking[0])) == ("0.2.0", 20, 300)
-    path.write_text("{")
-    assert read_record(path) is None
+    for damaged in (
+        "{",
+        "[]",
+        '{"version": "0.2.0"}',
+        '{"version": "1", "at": "x", "lacking": []}',
+    ):
+        path.write_text(damaged)
+        assert read_record(path) is None
     # A full disk must not change what is booted.
     keep_record("0.2.0", ["x"], tmp_path / "none" / "trial.json")
 
