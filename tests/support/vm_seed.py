@@ -109,6 +109,10 @@ class VmHost:
 
 
 def build_host(tls: TlsSwitch, directory: Path) -> VmHost:
+    """The ports as `hairpin host prepare` makes them."""
+    for name in LEGS:
+        tls.vsctl("--if-exists", "clear", "port", name, "vlan_mode")
+        tls.vsctl("set", "port", name, "tag=101")
     return VmHost(tls, find_free_ports(1)[0], directory)
 
 
