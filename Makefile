@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 
 IMAGE_OPTIONS := KEY CERT VERSION OUT TOOLS
 
-.PHONY: help setup demo test test-unit test-vm image check chaos chaos-quick bench bench-quick lock clean
+.PHONY: help setup demo demo-vm test test-unit test-vm image check chaos chaos-quick bench bench-quick lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ setup:  ## packages, users and the Python environment; quick when there is nothi
 
 demo: setup  ## an exploit between two VMs, hairpinned, dropped and recorded
 	@$(BIN)/python -m appliance.lab.demo
+
+demo-vm: setup  ## the same with the real image under QEMU as the service host (docs/demo-vm.md; IMAGE=path)
+	@image-build/setup-image.sh
+	@[ -n "$(IMAGE)" ] || ls image-build/out/hairpin_*.raw >/dev/null 2>&1 || $(MAKE) image
+	@IMAGE="$(IMAGE)" $(BIN)/python -m appliance.lab.demo_vm
 
 check: setup  ## style, types and the arrows between rooms
 	$(BIN)/ruff check .
@@ -38,7 +43,7 @@ test: check  ## all the checks and all the tests, those in the lab too, but not 
 test-unit: setup  ## the tests that need no lab
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab and not vm' tests/unit tests/golden $(PYTEST_ARGS)
 
-image:  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
+image: setup  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
 	@image-build/setup-image.sh
 	@$(foreach name,$(IMAGE_OPTIONS),$(if $($(name)),$(name)="$($(name))")) image-build/build.sh
 

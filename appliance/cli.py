@@ -9,23 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import typer
 
-from appliance.commands import (
-    firstboot,
-    host,
-    image,
-    lab,
-    policy,
-    proof,
-    quarantine,
-    reading,
-    rules,
-    service,
-    shortcut,
-    shun,
-)
 from appliance.commands.output import JSON_WANTED, OutputClosed, print_error
 from steering.errors import HairpinError
 
@@ -33,8 +20,20 @@ INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
 
-def build_app() -> typer.Typer:
-    """All commands, in the order in which the help lists them."""
+ALONE = {
+    "firstboot": ("firstboot", "run"),
+    "console-status": ("firstboot", "show_console"),
+    "serve": ("service", "serve"),
+    "inspect": ("service", "inspect"),
+    "observe": ("service", "observe"),
+    "image": ("image", "app"),
+}
+"""Commands that an appliance's units start, and where they are: each is read alone. The modules of all of them take a
+second, and most of a minute where a machine is emulated."""
+
+
+def build_app(first: str = "") -> typer.Typer:
+    """All commands, in the order in which the help lists them; or the one of ALONE that is ``first``."""
     app = typer.Typer(
         name="hairpin",
         help="Virtual inline IPS appliance for Open vSwitch.",
@@ -43,6 +42,30 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+    if first in ALONE:
+        module, name = ALONE[first]
+        found = getattr(import_module(f"appliance.commands.{module}"), name)
+        app.callback()(_keep_names)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=first)
+        else:
+            app.command(first)(found)
+        return app
+    from appliance.commands import (
+        firstboot,
+        host,
+        image,
+        lab,
+        policy,
+        proof,
+        quarantine,
+        reading,
+        rules,
+        service,
+        shortcut,
+        shun,
+    )
+
     app.command("vms")(reading.show_vms)
     app.add_typer(policy.app, name="policy")
     app.command("coverage")(proof.show_coverage)
@@ -69,6 +92,10 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _keep_names() -> None:
+    """A program of one command would take its name for an argument."""
+
+
 def run_cli(argv: Sequence[str]) -> int:
     """Run one command line and return its exit status. Prints errors; raises only bugs."""
     from appliance.logs import configure_logs
@@ -76,7 +103,7 @@ def run_cli(argv: Sequence[str]) -> int:
     JSON_WANTED.set(False)
     try:
         configure_logs("warning")
-        build_app()(args=list(argv), prog_name="hairpin")
+        build_app(argv[0] if argv else "")(args=list(argv), prog_name="hairpin")
         return 0
     except SystemExit as end:  # how typer ends, also after telling of wrong usage
         return end.code if isinstance(end.code, int) else 1

@@ -16,6 +16,9 @@ QUEUE_LIBRARY = Path("lib/hairpin/hairpin_queue.so")
 IMAGE_CERTIFICATE = Path("/usr/lib/hairpin/image.crt")
 """In the image: what updates and rules bundles are signed with."""
 
+BOOT_REPORT = Path("/run/hairpin-boot/versions.json")
+"""In the image: which versions the boot loader has (`appliance/image/boots.py`)."""
+
 
 def find_engine_data() -> Path:
     """The `suricata` data directory: configuration template, classifications, `rules/`.

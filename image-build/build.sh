@@ -108,7 +108,7 @@ build() {
         ${FAST:+--incremental=yes --cache-directory="$CACHE/images"} \
         --sandbox-tree "$CACHE/sandbox" --build-sources "$CACHE/stage:" \
         --package "suricata/$ENGINE_SUITE" \
-        --environment "SYSTEMD_REPART_MKFS_OPTIONS_EXT4=-E hash_seed=$SEED" \
+        --environment "SYSTEMD_REPART_MKFS_OPTIONS_EXT4=-Ehash_seed=$SEED" \
         --environment "ENGINE_FLOOR=$ENGINE_FLOOR" --environment "IMAGE_COMMIT=$COMMIT" \
         --source-date-epoch "$EPOCH" \
         --secure-boot-key "$KEY" --secure-boot-certificate "$CERT" \

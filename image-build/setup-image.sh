@@ -1,12 +1,12 @@
 #!/bin/bash
-# Sets up what only the image needs, beside setup.sh: mmdebstrap, by which the tools come, QEMU 10 and UEFI firmware.
+# Sets up what only the image needs, beside setup.sh: mmdebstrap, by which the tools come, QEMU 10 and UEFI firmware, xorriso.
 #
 # As root, non-interactive, idempotent; quick when nothing is left to do.
 
 # shellcheck source=image-build/setup.sh disable=SC1091
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 
-PACKAGES=(mmdebstrap debian-archive-keyring qemu-system-x86 qemu-utils ovmf openssl util-linux dosfstools mtools)
+PACKAGES=(mmdebstrap debian-archive-keyring qemu-system-x86 qemu-utils ovmf openssl util-linux dosfstools mtools xorriso)
 # Debian 12's QEMU 7.2 panics Debian 13's kernel where it emulates (wrong flags after cmpxchg16b).
 QEMU=(qemu-system-x86 qemu-utils)
 QEMU_FLOOR=1:10.0

@@ -179,6 +179,7 @@ class Reconciler:
             problems=(
                 *problems,
                 *self._find_policy_problems(),
+                *([self._monitor.fault] if self._monitor.fault else []),
                 *find_ending(self._ovsdb.ends, self._clock()),
             ),
         )

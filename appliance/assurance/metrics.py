@@ -44,6 +44,9 @@ SPECS: Mapping[str, Spec] = {
     "hairpin_lane_bfd_up": Spec(
         "gauge", ("lane",), "1 while BFD passes through the lane's engine."
     ),
+    "hairpin_inspection_dialect": Spec(
+        "gauge", ("dialect",), "1 for what sends frames to the engines: nftables or iptables."
+    ),
     "hairpin_lane_packet_threads": Spec(
         "gauge",
         ("lane", "placed"),
@@ -306,6 +309,8 @@ SHORTCUT_EVENTS = (
 
 
 def _find_engines(snapshot: Snapshot) -> Iterable[Sample]:
+    if snapshot.inspection and snapshot.inspection.dialect:
+        yield "hairpin_inspection_dialect", (snapshot.inspection.dialect,), 1
     for lane in snapshot.inspection.lanes if snapshot.inspection else ():
         placed = "pinned" if lane.placement.pinned else "shared"
         yield "hairpin_lane_packet_threads", (lane.name, placed), lane.placement.threads

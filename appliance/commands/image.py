@@ -1,4 +1,4 @@
-"""`hairpin image`: verify, sign, refresh, rules, extract, update, check."""
+"""`hairpin image`: verify, sign, refresh, rules, extract, update, check, boots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from appliance.commands.output import (
     print_table,
     render_time,
 )
-from appliance.paths import IMAGE_CERTIFICATE
+from appliance.paths import BOOT_REPORT, IMAGE_CERTIFICATE
 from steering.errors import FieldError, HairpinError, WrongInput
 
 if (
@@ -34,6 +34,7 @@ if (
 ):  # each command imports what it needs: starting up is most of what most of them take
     from cryptography.x509 import Certificate as X509
 
+    from appliance.image.boots import BootVersion
     from appliance.image.bundle import Bundle
     from appliance.image.manifest import Manifest
     from appliance.image.update import Release
@@ -125,6 +126,24 @@ class ReleaseReport(ApiDocument):
     signer: str
     files: tuple[str, ...] = ()
     written: bool = False
+
+
+class BootVersionReport(ApiDocument):
+    """``left``: tries that the boot loader counts; none once it was found good."""
+
+    version: str
+    running: bool
+    state: str
+    left: int | None = None
+    done: int = 0
+    failed: bool = False
+    lacking: tuple[str, ...] = ()
+
+
+class BootVersionList(ApiDocument):
+    """What `image boots` prints."""
+
+    items: tuple[BootVersionReport, ...]
 
 
 class BootReport(ApiDocument):
@@ -395,6 +414,13 @@ def update(
         Path | None,
         typer.Option("--disk", metavar="DEVICE", help="The appliance's disk; found if not given."),
     ] = None,
+    if_new: Annotated[
+        bool,
+        typer.Option(
+            "--if-new",
+            help="Do nothing, well, where this version is there already: running, waiting, or tried and failed.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """On the appliance, as root: write a newer version beside the one that runs; it is tried at the next boot."""
@@ -405,6 +431,10 @@ def update(
         raise HairpinError("only root may write a new version", "run it as root")
     trusted = _read_trusted(certificate)
     running = _find_running_version()
+    if if_new and (known := _find_known(work.find_named_version(source))):
+        # A disk that stays attached is seen at each boot, also after its version was sent back.
+        print_line(f"nothing to do: version {known.version} is here already ({known.state})")
+        return
     device = disk or work.find_disk()
     with work.stage(source, work.STAGING, _note) as files:
         release = work.check_release(files, trusted, _note)
@@ -414,20 +444,28 @@ def update(
         work.run_sysupdate(release.version)
         with open_device_to_read(device) as written:
             work.check_written(written, release, trusted, _note)
+    if BOOT_REPORT.exists():
+        _write_boots()
     text = f"version {release.version} is written; it is tried at the next boot: `systemctl reboot`"
     _print_release(release, json, written=True, text=text)
 
 
+def _find_known(version: str | None) -> BootVersion | None:
+    return next((one for one in _read_boots() if one.version == version), None)
+
+
 def _find_running_version() -> str:
+    from appliance.image.boots import OS_RELEASE, find_image_version
+
     try:
-        text = Path("/etc/os-release").read_text(encoding="utf-8", errors="replace")
+        found = find_image_version(OS_RELEASE.read_text(encoding="utf-8", errors="replace"))
     except OSError as fault:
-        raise HairpinError(f"/etc/os-release: {fault.strerror}") from fault
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        if name == "IMAGE_VERSION" and value:
-            return value.strip("\"'")
-    raise HairpinError("this is no appliance image", "an image is updated on the appliance itself")
+        raise HairpinError(f"{OS_RELEASE}: {fault.strerror}") from fault
+    if found is None:
+        raise HairpinError(
+            "this is no appliance image", "an image is updated on the appliance itself"
+        )
+    return found
 
 
 @app.command("check")
@@ -442,6 +480,12 @@ def check(
     canary: Annotated[
         bool, typer.Option("--canary/--no-canary", help="Have every lane block its canary.")
     ] = True,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record", metavar="FILE", help="Keep there what is lacking, for the version before."
+        ),
+    ] = None,
     always: Annotated[
         bool, typer.Option("--always", help="Also when the boot loader has nothing on trial.")
     ] = False,
@@ -451,9 +495,14 @@ def check(
 ) -> None:
     """After a boot: does every lane forward, and block its canary? Status 1 sends a version on trial back."""
     from appliance.client import open_client
-    from appliance.image import bootcheck
+    from appliance.image import bootcheck, boots
 
-    boot = bootcheck.read_boot()
+    try:
+        boot = bootcheck.read_boot()
+    except HairpinError as fault:
+        # Checked all the same: a new version must not be kept because nobody could ask.
+        print_note(clean(fault.reason))
+        boot = bootcheck.Boot(trial=True, others=1)
     if not always and not (boot.trial and boot.others):
         why = "no other version to go back to" if boot.trial else "this version is not on trial"
         _print_boot(BootReport(passed=True, trial=boot.trial), json, f"nothing to check: {why}")
@@ -469,6 +518,8 @@ def check(
     report = BootReport(passed=verdict.passed, trial=boot.trial, lacking=verdict.lacking)
     _print_boot(report, json, "every lane forwards" + (" and blocks its canary" if canary else ""))
     if not verdict.passed:
+        if record is not None:
+            boots.keep_record(_find_running_version(), verdict.lacking, record)
         raise typer.Exit(1)
 
 
@@ -496,3 +547,46 @@ def _print_boot(report: BootReport, json: bool, text: str) -> None:
         print_line(text)
     for one in report.lacking:
         print_line(f"lacking: {clean(one)}")
+
+
+@app.command("boots")
+def show_boots(json: options.Json = False) -> None:
+    """On the appliance, as root: which versions there are, what the boot loader thinks of each, which failed."""
+    found = tuple(
+        BootVersionReport(
+            version=one.version,
+            running=one.running,
+            state=one.state,
+            left=one.left,
+            done=one.done,
+            failed=one.failed,
+            lacking=one.lacking,
+        )
+        for one in _read_boots()
+    )
+    if json:
+        return print_json(BootVersionList(items=found))
+    rows = [
+        (one.version, "runs" if one.running else "", one.state, "; ".join(one.lacking))
+        for one in found
+    ]
+    print_table(("version", "now", "state", "what was lacking"), rows, "there are none")
+
+
+def _read_boots() -> tuple[BootVersion, ...]:
+    from appliance.image import boots
+
+    try:
+        return boots.read_boots()
+    except OSError as fault:
+        raise HairpinError(f"{fault.filename}: {fault.strerror}", "run it as root") from fault
+
+
+def _write_boots() -> None:
+    """For health, which is told by the boot report otherwise."""
+    from appliance.image import boots
+
+    try:
+        boots.write_versions(_read_boots(), BOOT_REPORT)
+    except OSError as fault:
+        raise HairpinError(f"{BOOT_REPORT}: {fault.strerror}", "run it as root") from fault

@@ -20,8 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from appliance.api.problems import build_error_problem
-from appliance.client import ServiceRefused
 from steering.errors import HairpinError, WrongInput
 
 JSON_WANTED: ContextVar[bool] = ContextVar("json_wanted", default=False)
@@ -143,6 +141,10 @@ def show_progress(text: str) -> Iterator[None]:
 def print_error(error: HairpinError) -> None:
     """An error on stderr: a line, a line for each fault, and what to do next; or a problem document."""
     if JSON_WANTED.get():
+        # Whoever makes no request need not wait for what makes them.
+        from appliance.api.problems import build_error_problem
+        from appliance.client import ServiceRefused
+
         problem = (
             error.problem
             if isinstance(error, ServiceRefused)

@@ -66,6 +66,7 @@ JSON_SHAPES = {
     "image extract": "`version`, `rootHash`, `signer`, `files`, `written`",
     "image update": "as `image extract`",
     "image check": "`passed`, `trial`, `lacking`",
+    "image boots": "`items`, each `version`, `running`, `state`, `left`, `done`, `failed`, `lacking`",
     "doctor": "`level`, `findings` (each `name`, `level`, `found`, `mend`)",
     "host prepare": "`title`, `script`, `applied`, `done` (commands and files), `domain` (XML), `seed`; holds "
     "private keys",

@@ -114,7 +114,8 @@ A seed is a matter of the next boot: nothing changes while the appliance runs.
 
 ## The API's certificate
 
-HTTPS is all that is served beyond loopback. Give `api.certificate` and `api.key`, or let the appliance make a
+HTTPS is all that is served beyond loopback. A seed of `hairpin host prepare` has a certificate that its CA issued
+(docs/deploy.md): clients need that CA. Else give `api.certificate` and `api.key`, or let the appliance make a
 certificate that signs itself, once, for its name and address. Compare its fingerprint with the console's, keep
 it, and name it to clients:
 

@@ -31,6 +31,7 @@ from appliance.firstboot.document import (
 )
 from appliance.firstboot.faults import Fault
 from appliance.firstboot.network import Device, render_management, render_silent
+from appliance.inspection.files import EVE_KEPT
 from appliance.paths import IMAGE_CERTIFICATE
 from appliance.settings import parse_settings
 from steering.errors import WrongInput
@@ -40,6 +41,9 @@ NETWORK_DIR = "/run/systemd/network"
 STATE_DIR = "/var/lib/hairpin"
 RUN_DIR = "/run/hairpin"
 SETTINGS = f"{CONFIG_DIR}/settings.yaml"
+EVE_BUDGET = 144 * 2**20
+"""Bytes for all EVE files. They lie in /run, which is memory, a fifth of the VM's (systemd's own bound): 400 MiB of
+2 GiB. Full, the engines lose events and nobody can tell; in /var each alert would be written to the disk twice."""
 _DEVICE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 
 OwnerName = Literal["root", "hairpin"]
@@ -253,6 +257,7 @@ def _build_settings(seed: SeedDocument, found: Mapping[str, Device]) -> dict[str
             },
         },
         "lanes": lanes,
+        "inspection": {"eveLimitBytes": find_eve_limit(len(lanes))},
         "rules": _build_rules(seed),
         "store": _dump(seed.store),
         "api": {
@@ -271,6 +276,11 @@ def _build_settings(seed: SeedDocument, found: Mapping[str, Device]) -> dict[str
     if seed.visibility is not None:
         settings["visibility"] = {"device": found[seed.visibility.mac].name}
     return settings
+
+
+def find_eve_limit(lanes: int) -> int:
+    """Bytes at which a lane's EVE file is rotated: it, and as many as are kept unread, for each lane."""
+    return EVE_BUDGET // (lanes * (EVE_KEPT + 1))
 
 
 def _build_rules(seed: SeedDocument) -> dict[str, Any]:

@@ -168,5 +168,8 @@ async def read_health(settings: Settings) -> Health | HealthSummary | str:
             session.get(url, ssl=True if pin is None else pin, allow_redirects=False) as got,
         ):
             return model.model_validate_json(await got.text())
+    except aiohttp.ClientConnectorError as fault:
+        # Its own text names an object of the program, another one at each look: each would be news.
+        return str(fault.os_error.strerror or fault.os_error)[:200]
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, HairpinError) as fault:
         return (str(fault).partition("\n")[0] or type(fault).__name__)[:200]

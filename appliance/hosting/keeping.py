@@ -15,7 +15,7 @@ from appliance.hosting.pki import Issued, Pki, find_fault, issue, renew
 from appliance.hosting.spec import HostSpec
 from steering.errors import HairpinError
 
-ENDS = ("ca", "host", "appliance")
+ENDS = ("ca", "host", "appliance", "api")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,12 @@ def keep(spec: HostSpec, folder: Path, now: float, *, renewed: bool = False) -> 
         ) from fault
 
 
+def find_api_address(spec: HostSpec) -> str | None:
+    """The appliance's own; None where DHCP gives it one."""
+    address = spec.vm.management.address
+    return None if address is None else address.partition("/")[0]
+
+
 def _keep_secret(path: Path) -> bytes:
     if not path.exists():
         _write(path, secrets.token_hex(32) + "\n")
@@ -88,7 +94,7 @@ def _keep_pki(spec: HostSpec, folder: Path, now: float, *, renewed: bool) -> tup
     files = {end: (folder / f"{end}.pem", folder / f"{end}.key") for end in ENDS}
     there = [path for pair in files.values() for path in pair if path.exists()]
     if not there:
-        pki = issue(spec.name, spec.names, spec.address, now)
+        pki = issue(spec.name, spec.names, spec.address, now, find_api_address(spec))
         # The CA last: with it a half-written folder is known for one, without it all is issued anew.
         _write_pki(files, pki)
         return pki, True
@@ -100,11 +106,12 @@ def _keep_pki(spec: HostSpec, folder: Path, now: float, *, renewed: bool) -> tup
         )
     have = Pki(*(Issued(one.read_text(), key.read_text()) for one, key in files.values()))
     if renewed:
-        pki = renew(have.ca, spec.name, spec.names, spec.address, now)
+        pki = renew(have.ca, spec.name, spec.names, spec.address, now, find_api_address(spec))
         _write_pki(files, pki)
         return pki, True
     try:
-        fault = find_fault(have, [spec.name, *spec.names], spec.address, now)
+        names = [spec.name, *spec.names]
+        fault = find_fault(have, names, spec.address, now, find_api_address(spec))
     except (ValueError, TypeError) as wrong:
         fault = f"a file can't be read: {wrong}"
     if fault:

@@ -1,7 +1,8 @@
 """Certificates for one host's switch and its appliance, by a CA of their own.
 
 The CA signs for this one pair and nothing else, so "signed by it" is as much as "is the other one": OVS's
-programs look at nothing more. ECDSA on P-256, since every OVS with OpenSSL takes it.
+programs look at nothing more. ECDSA on P-256, since every OVS with OpenSSL takes it. The appliance has two: as the
+switch's client, and as the server of its own API.
 """
 
 from __future__ import annotations
@@ -34,13 +35,18 @@ class Issued:
 
 @dataclass(frozen=True, slots=True)
 class Pki:
+    """``api``: what the appliance's API shows."""
+
     ca: Issued
     host: Issued
     appliance: Issued
+    api: Issued
 
 
-def issue(name: str, names: Sequence[str], address: str, now: float) -> Pki:
-    """A new CA and both certificates; ``now`` in epoch seconds."""
+def issue(
+    name: str, names: Sequence[str], address: str, now: float, api_address: str | None = None
+) -> Pki:
+    """A new CA and its certificates; ``now`` in epoch seconds. ``api_address``: the appliance's, where known."""
     at = datetime.fromtimestamp(now, UTC)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _name(f"Hairpin CA of {name}")
@@ -51,11 +57,18 @@ def issue(name: str, names: Sequence[str], address: str, now: float) -> Pki:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    return renew(Issued(_pem(certificate), _key_pem(key)), name, names, address, now)
+    return renew(Issued(_pem(certificate), _key_pem(key)), name, names, address, now, api_address)
 
 
-def renew(ca: Issued, name: str, names: Sequence[str], address: str, now: float) -> Pki:
-    """Both certificates anew by the same CA, so that one end can be changed after the other.
+def renew(
+    ca: Issued,
+    name: str,
+    names: Sequence[str],
+    address: str,
+    now: float,
+    api_address: str | None = None,
+) -> Pki:
+    """All certificates anew by the same CA, so that one end can be changed after the other.
 
     Raises HairpinError for a CA that can't be read or ends too soon.
     """
@@ -82,16 +95,40 @@ def renew(ca: Issued, name: str, names: Sequence[str], address: str, now: float)
         ca,
         _sign(root, signer, name, ExtendedKeyUsageOID.SERVER_AUTH, at, alternatives),
         _sign(root, signer, f"Hairpin of {name}", ExtendedKeyUsageOID.CLIENT_AUTH, at, []),
+        _sign(
+            root,
+            signer,
+            f"API of {name}",
+            ExtendedKeyUsageOID.SERVER_AUTH,
+            at,
+            _name_api(name, api_address),
+        ),
     )
 
 
-def find_fault(pki: Pki, names: Sequence[str], address: str, now: float) -> str:
+def _name_api(name: str, address: str | None) -> list[x509.GeneralName]:
+    """The appliance's name is the host's; its address is its own."""
+    known = [] if address is None else [x509.IPAddress(ip_address(address))]
+    return [*known, x509.DNSName(name)]
+
+
+def find_fault(
+    pki: Pki,
+    names: Sequence[str],
+    address: str,
+    now: float,
+    api_address: str | None = None,
+) -> str:
     """Why these certificates are of no use (any more) for a host; "" if they are.
 
     Raises ValueError for what is no certificate.
     """
     root = x509.load_pem_x509_certificate(pki.ca.certificate.encode())
-    for whose, one in (("the host's", pki.host), ("the appliance's", pki.appliance)):
+    for whose, one in (
+        ("the host's", pki.host),
+        ("the appliance's", pki.appliance),
+        ("the API's", pki.api),
+    ):
         certificate = x509.load_pem_x509_certificate(one.certificate.encode())
         try:
             certificate.verify_directly_issued_by(root)
@@ -102,13 +139,25 @@ def find_fault(pki: Pki, names: Sequence[str], address: str, now: float) -> str:
             return f"{whose} certificate and key do not belong together"
         if certificate.not_valid_after_utc.timestamp() - now < RENEW_SECONDS:
             return f"{whose} certificate ends on {certificate.not_valid_after_utc:%Y-%m-%d}"
-    host = x509.load_pem_x509_certificate(pki.host.certificate.encode())
-    shown = host.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    have = {str(one) for one in shown.get_values_for_type(x509.IPAddress)}
-    have |= set(shown.get_values_for_type(x509.DNSName))
-    if missing := sorted({str(ip_address(address)), *names} - have):
-        return f"the host's certificate is not for {', '.join(missing)}"
+    wanted = (
+        ("the host's", pki.host, {str(ip_address(address)), *names}),
+        (
+            "the API's",
+            pki.api,
+            {names[0], *([str(ip_address(api_address))] if api_address else [])},
+        ),
+    )
+    for whose, one, must in wanted:
+        if missing := sorted(must - _read_names(one)):
+            return f"{whose} certificate is not for {', '.join(missing)}"
     return ""
+
+
+def _read_names(one: Issued) -> set[str]:
+    certificate = x509.load_pem_x509_certificate(one.certificate.encode())
+    shown = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    addresses = {str(address) for address in shown.get_values_for_type(x509.IPAddress)}
+    return addresses | set(shown.get_values_for_type(x509.DNSName))
 
 
 def _name(text: str) -> x509.Name:

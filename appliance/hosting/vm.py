@@ -90,6 +90,9 @@ def build_seed(
             "certificate": pki.appliance.certificate,
             "key": pki.appliance.key,
         }
+    api: dict[str, Any] = {"token": token}
+    if pki is not None:
+        api |= {"certificate": pki.api.certificate, "key": pki.api.key}
     lanes = []
     for lane in spec.lanes:
         legs = {
@@ -113,7 +116,7 @@ def build_seed(
         "hairpin": {
             "name": spec.name,
             "management": network,
-            "api": {"token": token},
+            "api": api,
             "switch": switch,
             "lanes": lanes,
             "canary": {"interface": canary.interface, "mac": canary.mac},

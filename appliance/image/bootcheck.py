@@ -17,13 +17,12 @@ import structlog
 
 from appliance.api.coverage import LaneProofs
 from appliance.api.documents import Health
+from appliance.image.boots import KERNEL_DIRECTORIES
 from steering.errors import HairpinError
-from steering.run import run
 
 log = structlog.get_logger("image")
 
-BLESS = Path("/usr/lib/systemd/systemd-bless-boot")
-KERNEL_DIRECTORIES = (Path("/efi/EFI/Linux"), Path("/boot/EFI/Linux"))
+COUNTED = Path("/sys/firmware/efi/efivars/LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f")
 PAUSE_SECONDS = 2.0
 
 
@@ -99,11 +98,33 @@ def wait_until_good(
         pause(PAUSE_SECONDS)
 
 
-def read_boot(bless: Path = BLESS, directories: Sequence[Path] = KERNEL_DIRECTORIES) -> Boot:
-    """What the boot loader says of this boot. Without one, nothing is on trial."""
-    if not bless.exists():
-        return Boot(False, 0)
-    ended = run([str(bless), "status"], check=False)
-    # One name for each file: /efi and /boot may be the same.
-    kernels = {path.name for directory in directories for path in directory.glob("hairpin_*.efi")}
-    return Boot(ended.stdout.strip() == "indeterminate", max(0, len(kernels) - 1))
+def read_boot(variable: Path = COUNTED, directories: Sequence[Path] = KERNEL_DIRECTORIES) -> Boot:
+    """What the boot loader says of this boot. Without one, nothing is on trial.
+
+    Read from where systemd-bless-boot reads it, which wants the disk's device besides. Raises HairpinError when it
+    can't be told: then it is not as if nothing were on trial.
+    """
+    try:
+        # One name for each file: /efi and /boot may be the same.
+        kernels = {path.name for one in directories for path in one.glob("hairpin_*.efi")}
+        counted = parse_counted(variable.read_bytes())
+    except FileNotFoundError:
+        return Boot(False, max(0, len(kernels) - 1))
+    except (OSError, ValueError) as fault:
+        raise HairpinError(f"what the boot loader counts can't be read: {fault}") from fault
+    if not kernels:
+        raise HairpinError("the boot partition is not seen", "see `systemctl status boot.mount`")
+    # A version that was found good has another name, without the count.
+    return Boot(counted in kernels, len(kernels) - 1)
+
+
+def parse_counted(data: bytes) -> str:
+    """The file's name of the boot loader's entry that is counted (Boot Loader Interface). Raises ValueError. Pure.
+
+    After four bytes of attributes, a path in UTF-16 with backslashes and a zero at its end.
+    """
+    path = data[4:].decode("utf-16-le").rstrip("\0")
+    name = path.replace("\\", "/").rpartition("/")[2]
+    if not name:
+        raise ValueError("there is no path in it")
+    return name

@@ -82,6 +82,13 @@ def find_parts(directory: Path) -> dict[str, Path]:
     return {name: paths[0] for name, paths in found.items()}
 
 
+def find_named_version(source: Path) -> str | None:
+    """What a directory's files say that it is; None for an image. Signatures are looked at by `check_release`."""
+    if not source.is_dir():
+        return None
+    return find_parts(source)["kernel"].name.removeprefix("hairpin_").removesuffix(".efi")
+
+
 def check_release(
     files: dict[str, Path], trusted: Sequence[Certificate], progress: Progress
 ) -> Release:

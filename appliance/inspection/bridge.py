@@ -25,6 +25,7 @@ log = structlog.get_logger("inspection.bridge")
 
 IFF_UP = 0x1
 IFF_NOARP = 0x80
+IFF_PROMISC = 0x100
 NAMESPACES = Path("/var/run/netns")
 
 
@@ -73,9 +74,10 @@ def write_bridges(lanes: Sequence[Lane]) -> tuple[BridgeReport, ...]:
         ) from fault
 
 
-def write_lone_device(device: str, whose: str) -> BridgeReport:
+def write_lone_device(device: str, whose: str, *, hears_all: bool = False) -> BridgeReport:
     """Make the device of a canary or a third leg right: up, silent, in no bridge. Idempotent; blocks shortly.
 
+    ``hears_all``: what comes back to it is for another address than its own, and a card (virtio's, too) drops such.
     Raises HairpinError when the kernel refuses.
     """
     try:
@@ -87,6 +89,10 @@ def write_lone_device(device: str, whose: str) -> BridgeReport:
             if link.get("IFLA_MASTER"):
                 netlink.link("set", index=link["index"], master=0)
                 changes.append(f"{device} was in a bridge")
+            if hears_all and not link["flags"] & IFF_PROMISC:
+                flags = link["flags"] | IFF_PROMISC
+                netlink.link("set", index=link["index"], flags=flags, change=IFF_PROMISC)
+                changes.append(f"{device} heard its own address only")
             changes += _write_up(netlink, link, device)
     except NetlinkError as fault:
         raise HairpinError(

@@ -97,7 +97,9 @@ class Inspection:
             return
         device = self.settings.canary.device
         try:
-            report = await asyncio.to_thread(bridge.write_lone_device, device, "the canary's")
+            report = await asyncio.to_thread(
+                bridge.write_lone_device, device, "the canary's", hears_all=True
+            )
         except HairpinError as fault:
             self._note("canary device", fault.reason, fault.mend)
             return

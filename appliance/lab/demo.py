@@ -14,7 +14,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 
 from appliance.commands.output import OutputClosed, clean, print_line, print_note, print_table
@@ -46,13 +47,38 @@ CLAIM = "\0hairpin-demo"  # an abstract socket: who has bound it has the stage
 INTERRUPTED = 130
 
 Step = Callable[[Stage], Iterator[Check]]
-STEPS: tuple[tuple[str, Step], ...] = (
+POLICY_STEPS: tuple[tuple[str, Step], ...] = (
     ("", run_opening),
     ("a", run_benign),
     ("b", run_exploits),
     ("c", run_blind),
     ("d", run_policy),
-    ("e", run_failure),
+)
+STEPS = (*POLICY_STEPS, ("e", run_failure))
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What one is called (in its last line, and its lab without the hyphen), and what it consists of.
+
+    ``play`` shows the steps in the lab that ``make`` brought up; ``last`` is the step of the taking down.
+    """
+
+    name: str
+    make: Callable[[str, Say], LabState]
+    play: Callable[[LabState, Say, list[Check]], None]
+    last: str = "f"
+
+    @property
+    def lab(self) -> str:
+        return self.name.replace("-", "")
+
+
+DEMO = Demonstration(
+    LAB,
+    lambda name, say: bring_up(name, progress=say),
+    lambda state, say, checks: play(state, say, checks),
 )
 
 
@@ -79,20 +105,22 @@ def interrupted_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold_stage() -> Iterator[None]:
+def hold_stage(name: str = LAB) -> Iterator[None]:
     """Keep a second demonstration off the first one's lab; the kernel lets go with the process.
 
     Raises HairpinError when one is running.
     """
     with socket.socket(socket.AF_UNIX) as claim:
         try:
-            claim.bind(CLAIM)
+            claim.bind(CLAIM if name == LAB else f"{CLAIM}-{name}")
         except OSError as fault:
-            raise HairpinError("another `make demo` is running", "wait until it ended") from fault
+            raise HairpinError(
+                f"another `make {name}` is running", "wait until it ended"
+            ) from fault
         yield
 
 
-def run_steps(stage: Stage, steps: tuple[tuple[str, Step], ...], checks: list[Check]) -> None:
+def run_steps(stage: Stage, steps: Sequence[tuple[str, Step]], checks: list[Check]) -> None:
     """Run every step and append what it shows; one that breaks off is a failed check, and the next is run."""
     for name, step in steps:
         try:
@@ -111,17 +139,17 @@ def build_broken(step: str, reason: str) -> Check:
     return Check(step, "the rest of this step", "done", f"broke off: {reason}", False)
 
 
-def check_taken_down(before: dict[str, str]) -> Check:
-    """(f) Nothing of the lab is left, and the machine's own network is as it was."""
+def check_taken_down(before: dict[str, str], lab: str = LAB, step: str = "f") -> Check:
+    """Nothing of the lab is left, and the machine's own network is as it was."""
 
     def look() -> list[str]:
-        return [*find_remains(LAB), *find_differences(before, read_machine())]
+        return [*find_remains(lab), *find_differences(before, read_machine())]
 
     # A process that was just ended may still be in its parent's hands for a moment.
     wait_until(lambda: not look(), 5.0)
     left = look()
     return Check(
-        "f",
+        step,
         "hairpin lab down",
         "no trace",
         f"left: {', '.join(left)}"
@@ -131,7 +159,7 @@ def check_taken_down(before: dict[str, str]) -> Check:
     )
 
 
-def run_demo() -> int:
+def run_demo(demo: Demonstration = DEMO) -> int:
     """The whole demonstration; its exit status."""
     began = time.monotonic()
 
@@ -143,9 +171,9 @@ def run_demo() -> int:
     before = read_machine()
     try:
         # What is left of one that was killed, also if it still stands whole.
-        take_down(LAB, progress=say)
-        state = bring_up(LAB, progress=say)
-        play(state, say, checks)
+        take_down(demo.lab, progress=say)
+        state = demo.make(demo.lab, say)
+        demo.play(state, say, checks)
     except KeyboardInterrupt as came:
         interrupted = True
         say(f"interrupted ({came or 'Ctrl-C'})")
@@ -155,37 +183,39 @@ def run_demo() -> int:
         reason = (fault.reason.splitlines() or [""])[0]
         checks.append(Check("", "the lab", "comes up", reason, False))
     finally:
-        take_down(LAB, progress=say)
-    checks.append(check_taken_down(before))
+        take_down(demo.lab, progress=say)
+    checks.append(check_taken_down(before, demo.lab, demo.last))
     say("done")
     print_table(COLUMNS, build_rows(checks), "")
-    print_line(render_summary(checks))
+    print_line(render_summary(checks, demo.name))
     return INTERRUPTED if interrupted else 0 if is_passed(checks) else 1
 
 
-def play(state: LabState, say: Callable[[str], None], checks: list[Check]) -> None:
+def play(
+    state: LabState, say: Say, checks: list[Check], steps: Sequence[tuple[str, Step]] = STEPS
+) -> None:
     """Start the servers and run the scenario; the logs' ends are told if anything is wrong."""
     try:
         say("starting nginx and Redis in the VMs")
-        run_steps(set_stage(state, say), STEPS, checks)
+        run_steps(set_stage(state, say), steps, checks)
     finally:
         if not is_passed(checks):
             print_note(read_tails(state))
 
 
-def main() -> int:
+def main(demo: Demonstration = DEMO) -> int:
     try:
         configure_logs("warning")
-        with interrupted_once(), hold_stage():
-            return run_demo()
+        with interrupted_once(), hold_stage(demo.name):
+            return run_demo(demo)
     except HairpinError as fault:
         print_note(f"error: {fault.reason}\n  what to do: {fault.mend}")
-        print_line(render_summary([]))
+        print_line(render_summary([], demo.name))
         return 1
     except KeyboardInterrupt:
         # It came in the moment before the taking down began.
-        take_down(LAB, progress=print_note)
-        print_line(render_summary([]))
+        take_down(demo.lab, progress=print_note)
+        print_line(render_summary([], demo.name))
         return INTERRUPTED
     except OutputClosed:
         return 141

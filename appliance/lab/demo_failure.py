@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from appliance.lab.changes import find_process, kill_process, start_in_vm, stop_process
@@ -42,6 +42,7 @@ class Pinging:
     ping: str
     sender: str
     receiver: str
+    every: float = 0.01
 
     @property
     def sent(self) -> dict[int, float]:
@@ -51,16 +52,21 @@ class Pinging:
     def arrived(self) -> dict[int, float]:
         return parse_capture(self.stage.read_log(self.receiver))
 
-    def wait_first(self, sent_after: float, seconds: float) -> float | None:
+    def wait_first(
+        self, sent_after: float, seconds: float, look_every: float = 0.05
+    ) -> float | None:
         """When the first of those sent from then on arrived; None if none did in time."""
-        return wait_until(lambda: find_first_arrival(self.sent, self.arrived, sent_after), seconds)
+        return wait_until(
+            lambda: find_first_arrival(self.sent, self.arrived, sent_after), seconds, look_every
+        )
 
     def wait_steady(self, seconds: float = 15.0) -> None:
-        """Until half a second's worth passed. Raises HairpinError."""
+        """Until half a second's worth passed, and 10 at least. Raises HairpinError."""
         begin = time.time()
+        enough = max(10, int(0.5 / self.every))
 
         def is_steady() -> bool:
-            return len(find_passed(self.sent, self.arrived, begin, time.time())) >= 50
+            return len(find_passed(self.sent, self.arrived, begin, time.time())) >= enough
 
         if not wait_until(is_steady, seconds):
             raise HairpinError(
@@ -72,8 +78,10 @@ class Pinging:
             stop_process(self.stage.state, role)
 
 
-def start_pinging(stage: Stage, source: str, target: str) -> Pinging:
-    """One request every 10 ms, for two minutes at most. Raises HairpinError."""
+def start_pinging(
+    stage: Stage, source: str, target: str, *, every: float = 0.01, seconds: int = 120
+) -> Pinging:
+    """One request every ``every`` seconds, for ``seconds`` at most. Raises HairpinError."""
     state = stage.state
     ends = {}
     for vm, way in ((source, "out"), (target, "in")):
@@ -83,9 +91,9 @@ def start_pinging(stage: Stage, source: str, target: str) -> Pinging:
     for role in ends.values():
         if not wait_until(lambda role=role: "listening on" in stage.read_log(role), 10.0):  # type: ignore[misc]
             raise HairpinError(f"tcpdump does not start: {stage.read_log(role)}")
-    argv = ["ping", "-n", "-q", "-i", "0.01", "-w", "120", state.vm(target).address4]
+    argv = ["ping", "-n", "-q", "-i", str(every), "-w", str(seconds), state.vm(target).address4]
     _, ping = start_in_vm(state, source, argv, role=f"demo-ping-{source}-{target}")
-    return Pinging(stage, ping, ends["out"], ends["in"])
+    return Pinging(stage, ping, ends["out"], ends["in"], every)
 
 
 def run_failure(stage: Stage) -> Iterator[Check]:
@@ -127,47 +135,85 @@ def _find_engine(stage: Stage) -> int:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """What breaks inspection and mends it again. ``begin`` returns when it is broken.
+
+    ``what`` and ``mended`` name both in the table. ``held``: how long it is kept broken, in seconds;
+    ``back``: how long it may take afterwards until packets are inspected again.
+    """
+
+    what: str
+    begin: Callable[[], None]
+    mended: str
+    mend: Callable[[], None]
+    held: float = HELD_SECONDS
+    back: float = BACK_SECONDS
+    look_every: float = 0.05
+
+
 def _kill_and_hold(stage: Stage, closed: Pinging, opened: Pinging) -> Iterator[Check]:
     stage.say("(e) killing the engine, with its supervisor stopped so that it stays down")
+
+    def begin() -> None:
+        kill_process(stage.state, INSPECT, signal.SIGSTOP)
+        kill_process(stage.state, ENGINE)
+
+    def mend() -> None:
+        kill_process(stage.state, INSPECT, signal.SIGCONT)
+
+    outage = Outage("kill -9, supervisor stopped", begin, "supervisor goes on", mend)
+    yield from run_outage(stage, closed, opened, outage)
+    told = [one for one in stage.run_hairpin("events")["items"] if one["kind"] == "lane.down"]
+    yield Check(
+        "e",
+        "hairpin events",
+        "lane was down",
+        told[0]["text"] if told else "nothing",
+        bool(told),
+    )
+
+
+def run_outage(stage: Stage, closed: Pinging, opened: Pinging, outage: Outage) -> Iterator[Check]:
+    """Break inspection, look at what an open and a closed policy do, mend it, and attack again."""
     attack_closed = Attempt(LOG4SHELL, *CLOSED, "IPv4")
     attack_open = Attempt(LOG4SHELL, *OPEN, "IPv4")
-    kill_process(stage.state, INSPECT, signal.SIGSTOP)
     try:
-        killed = time.time()
-        kill_process(stage.state, ENGINE)
+        began = time.time()
+        outage.begin()
         gone = time.time()
         again = opened.wait_first(gone, OPEN_SECONDS)
         seen_before = stage.count_seen(attack_closed)
         through, against = stage.try_all([attack_open, attack_closed])
         seen = stage.count_seen(attack_closed) - seen_before
-        time.sleep(max(0.0, gone + HELD_SECONDS - time.time()))
+        time.sleep(max(0.0, gone + outage.held - time.time()))
         ended = time.time()
     finally:
-        kill_process(stage.state, INSPECT, signal.SIGCONT)
-    back = closed.wait_first(ended, BACK_SECONDS)
-    outage = find_passed(closed.sent, closed.arrived, gone, ended)
+        outage.mend()
+    back = closed.wait_first(ended, outage.back, outage.look_every)
+    passed = find_passed(closed.sent, closed.arrived, gone, ended)
     sent = count_sent(closed.sent, gone, ended)
     yield Check(
         "e",
-        f"kill -9, supervisor stopped: open, {OPEN[0]} -> {OPEN[1]}",
+        f"{outage.what}: open, {OPEN[0]} -> {OPEN[1]}",
         "passes uninspected",
-        f"after {render_seconds(None if again is None else again - killed)}; "
+        f"after {render_seconds(None if again is None else again - began)}; "
         f"exploit: {through.text}",
         again is not None and through.is_200,
     )
     yield Check(
         "e",
-        f"  the same {ended - killed:.1f} s: closed, {CLOSED[0]} -> {CLOSED[1]}",
+        f"  the same {ended - gone:.1f} s: closed, {CLOSED[0]} -> {CLOSED[1]}",
         "0 packets pass",
-        f"{len(outage)} of {sent} pings; exploit: {against.text}, server saw {seen}",
-        not outage
-        and sent >= 50
+        f"{len(passed)} of {sent} pings; exploit: {against.text}, server saw {seen}",
+        not passed
+        and sent >= min(50, 0.5 / closed.every)
         and seen == 0
         and against.kind in (AnswerKind.UNREACHED, AnswerKind.SILENT),
     )
     yield Check(
         "e",
-        "  supervisor goes on",
+        f"  {outage.mended}",
         "inspected again",
         f"after {render_seconds(None if back is None else back - ended)}",
         back is not None,
@@ -186,12 +232,4 @@ def _kill_and_hold(stage: Stage, closed: Pinging, opened: Pinging) -> Iterator[C
         "blocked again",
         "no answer on either" if blocked else "answered",
         blocked,
-    )
-    told = [one for one in stage.run_hairpin("events")["items"] if one["kind"] == "lane.down"]
-    yield Check(
-        "e",
-        "hairpin events",
-        "lane was down",
-        told[0]["text"] if told else "nothing",
-        bool(told),
     )

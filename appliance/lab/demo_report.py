@@ -32,10 +32,10 @@ def is_passed(checks: Sequence[Check]) -> bool:
     return bool(checks) and all(check.ok for check in checks)
 
 
-def render_summary(checks: Sequence[Check]) -> str:
+def render_summary(checks: Sequence[Check], name: str = "demo") -> str:
     """The last line: `demo: PASS n/n` or `demo: FAIL n/m`, n of m checks being right."""
     word = "PASS" if is_passed(checks) else "FAIL"
-    return f"demo: {word} {sum(check.ok for check in checks)}/{len(checks)}"
+    return f"{name}: {word} {sum(check.ok for check in checks)}/{len(checks)}"
 
 
 def render_seconds(seconds: float | None) -> str:

@@ -51,6 +51,7 @@ http {{
     server {{
         listen 80;
         listen [::]:80 ipv6only=on;
+        location = /bulk {{ root {directory}; }}
         location / {{ return 200 "here is {vm}\\n"; }}
     }}
 }}
@@ -88,12 +89,8 @@ class Stage:
 
         Raises CommandFailed with what it printed.
         """
-        env = {
-            **build_env(),
-            "HAIRPIN_URL": self.state.url,
-            "HAIRPIN_TOKEN_FILE": str(self.state.token_file),
-        }
-        command = [sys.executable, "-m", "appliance.cli", *argv, "--json"]
+        env = {**build_env(), **self.state.client_env}
+        command = [*self.state.client_argv, sys.executable, "-m", "appliance.cli", *argv, "--json"]
         return json.loads(run(command, timeout=timeout, env=env).stdout)
 
     def try_it(self, attempt: Attempt, seconds: int = ANSWER_SECONDS) -> Answer:
@@ -130,11 +127,11 @@ def run_all(jobs: Sequence[Callable[[], T]]) -> list[T]:
         return [one.result() for one in [pool.submit(job) for job in jobs]]
 
 
-def wait_until(look: Callable[[], T], seconds: float) -> T:
+def wait_until(look: Callable[[], T], seconds: float, every: float = 0.05) -> T:
     """What ``look`` gives as soon as it is true-ish, or else its last after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (found := look()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(every)
     return found
 
 
@@ -201,7 +198,7 @@ def find_differences(before: Mapping[str, str], after: Mapping[str, str]) -> lis
 def read_tails(state: LabState) -> str:
     """The ends of the logs that tell why something failed."""
     parts = []
-    for role in ("serve", "inspect"):
-        tail = processes.read_tail(state.log_dir / f"{role}.log")
+    for role in ("qemu", "console") if state.service_vm else ("serve", "inspect"):
+        tail = processes.read_tail(state.log_dir / f"{role}.log", 60 if role == "console" else 15)
         parts.append(f"--- the end of {role}.log\n{tail}")
     return "\n".join(parts)

@@ -40,6 +40,13 @@ SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
 GROUP = "hairpin"
 NICE = -10
 """What ovs-ctl gives both of the switch's programs (OVSDB_SERVER_PRIORITY, OVS_VSWITCHD_PRIORITY)."""
+LISTENERS = (
+    "--remote=db:Open_vSwitch,Open_vSwitch,manager_options",
+    "--private-key=db:Open_vSwitch,SSL,private_key",
+    "--certificate=db:Open_vSwitch,SSL,certificate",
+    "--bootstrap-ca-cert=db:Open_vSwitch,SSL,ca_cert",
+)
+"""As ovs-ctl starts the server: where else it listens, and with which certificate, the database says."""
 # OVS gives its sockets to owner and group; with this umask the database and logs as well.
 UMASK = 0o007
 
@@ -106,6 +113,7 @@ def start_ovsdb(state: LabState) -> LabState:
             OVSDB_SERVER,
             str(database),
             f"--remote=p{state.ovsdb}",
+            *LISTENERS,
             f"--unixctl={state.ovs_dir}/ovsdb.ctl",
             "-vconsole:info",
         ],
@@ -154,6 +162,16 @@ def create_bridge(state: LabState) -> None:
     check_ports(state)
     widen_sockets(state)
     add_plain_flow(state)
+
+
+def create_plain_bridge(state: LabState) -> None:
+    """The bridge of a host that nothing was prepared on: the VMs' ports, and no flow of anybody."""
+    args = ["add-br", BRIDGE, "--", "set", "Bridge", BRIDGE, "datapath_type=netdev"]
+    for vm in state.vms:
+        args += build_port_args(vm)
+    run(state.vsctl_argv(args))
+    check_ports(state)
+    widen_sockets(state)
 
 
 def widen_sockets(state: LabState) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -120,7 +120,8 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _make(state: LabState, progress: Progress) -> LabState:
+def make_ground(state: LabState, progress: Progress) -> None:
+    """Directories, and namespaces with nothing in them."""
     state.directory.mkdir(mode=0o711, parents=True)
     write_state(state)
     # Whatever the umask: others pass through, to what is theirs further down.
@@ -129,12 +130,16 @@ def _make(state: LabState, progress: Progress) -> LabState:
     state.log_dir.mkdir(mode=0o755)
     state.ovs_dir.mkdir(mode=0o750)
     os.chown(state.ovs_dir, 0, hypervisor.find_group())
-    services.write_files(state)
 
     progress(f"making {len(state.namespaces)} network namespaces")
     machines = {vm.netns for vm in state.vms}
     for name in state.namespaces:
         network.create_namespace(name, vm=name in machines)
+
+
+def _make(state: LabState, progress: Progress) -> LabState:
+    make_ground(state, progress)
+    services.write_files(state)
     progress(f"connecting {len(state.vms)} VMs, {len(state.lanes)} lanes and the mirror")
     for vm in state.vms:
         network.create_vm_link(state, vm)
@@ -199,6 +204,14 @@ def bring_up(
         now=time.time(),
         super_packets=super_packets,
     )
+    return bring_up_state(state, _make, progress)
+
+
+def bring_up_state(
+    state: LabState, make: Callable[[LabState, Progress], LabState], progress: Progress
+) -> LabState:
+    """As `bring_up`, of a lab that ``make`` makes."""
+    name = state.name
     if os.geteuid() != 0:
         raise HairpinError("a lab needs root", "run it with sudo")
     with _interrupted_once() as came, hold_lock(name):
@@ -211,7 +224,7 @@ def bring_up(
             progress("taking down what is left of an earlier lab")
         _take_down(name, remnants)
         try:
-            state = _make(state, progress)
+            state = make(state, progress)
             if came:  # the exception was lost on its way, in some library's callback
                 raise KeyboardInterrupt(came[0])
             return state

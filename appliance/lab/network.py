@@ -42,7 +42,7 @@ _VM_SYSCTLS = (
 
 
 @contextlib.contextmanager
-def _open_namespace(name: str) -> Iterator[Any]:
+def open_namespace(name: str) -> Iterator[Any]:
     try:
         # flags=0: without it a namespace that is missing would be made.
         with NetNS(name, flags=0) as handle:
@@ -87,7 +87,7 @@ def create_namespace(name: str, *, vm: bool) -> None:
         ) from fault
     sysctls = _VM_SYSCTLS if vm else _QUIET
     run(["ip", "netns", "exec", name, "sysctl", "-q", "-w", *sysctls])
-    with _open_namespace(name) as link:
+    with open_namespace(name) as link:
         link.link("set", index=1, state="up")
 
 
@@ -120,7 +120,7 @@ def _add_pair(
     peer: dict[str, Any] = {"ifname": device, "net_ns_fd": peer_netns, "mtu": mtu[1]}
     if mac:
         peer["address"] = mac
-    with _open_namespace(hypervisor) as link:
+    with open_namespace(hypervisor) as link:
         link.link("add", ifname=interface, kind="veth", mtu=mtu[0], peer=peer, state="up")
     if state.super_packets:
         return
@@ -135,7 +135,7 @@ def create_vm_link(state: LabState, vm: LabVm) -> None:
     """The VM's `eth0` with its addresses, and the other end in the hypervisor."""
     pair = (VM_MTU, VM_MTU)
     _add_pair(state, vm.interface, vm.netns, vm.device, pair, vm.mac)
-    with _open_namespace(vm.netns) as link:
+    with open_namespace(vm.netns) as link:
         (index,) = link.link_lookup(ifname=vm.device)
         link.link("set", index=index, state="up")
         link.addr("add", index=index, address=vm.address4, prefixlen=24)
@@ -148,38 +148,38 @@ def create_lane_links(state: LabState, lane: LabLane) -> None:
     pair = (state.leg_mtu, state.leg_mtu)
     for interface, device, _ofport in lane.all_legs:
         _add_pair(state, interface, state.service_host, device, pair, "")
-        _set_up(state.service_host, device)
+        set_up(state.service_host, device)
 
 
 def create_canary_link(state: LabState) -> None:
     """Hairpin's own port, with its other end in the service host."""
     pair = (SWITCH_MTU, SWITCH_MTU)
     _add_pair(state, CANARY_PORT, state.service_host, CANARY_DEVICE, pair, "")
-    _set_up(state.service_host, CANARY_DEVICE)
+    set_up(state.service_host, CANARY_DEVICE)
 
 
 def create_mirror_link(state: LabState) -> None:
     pair = (SWITCH_MTU, SWITCH_MTU)
     _add_pair(state, MIRROR_PORT, state.observer, MIRROR_DEVICE, pair, "")
-    _set_up(state.observer, MIRROR_DEVICE)
+    set_up(state.observer, MIRROR_DEVICE)
 
 
-def _set_up(namespace: str, device: str) -> None:
-    with _open_namespace(namespace) as link:
+def set_up(namespace: str, device: str) -> None:
+    with open_namespace(namespace) as link:
         (index,) = link.link_lookup(ifname=device)
         link.link("set", index=index, state="up")
 
 
 def remove_link(namespace: str, device: str) -> None:
     """Delete a link (and its peer); nothing when it's gone already."""
-    with _open_namespace(namespace) as link:
+    with open_namespace(namespace) as link:
         for index in link.link_lookup(ifname=device):
             link.link("del", index=index)
 
 
 def replace_address4(vm: LabVm, address: str) -> None:
     """Give a VM another IPv4 address in the place of the one it has."""
-    with _open_namespace(vm.netns) as link:
+    with open_namespace(vm.netns) as link:
         (index,) = link.link_lookup(ifname=vm.device)
         # In this order: the first address of a network takes the others with it.
         try:

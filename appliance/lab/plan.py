@@ -37,6 +37,8 @@ CANARY_OFPORT = 291
 FIRST_LEG_OFPORT = 200
 FIRST_THIRD_LEG_OFPORT = 210
 MOVED_OFPORT = 300
+# Of the management network, where the service host is a VM.
+HOST_ADDRESS, APPLIANCE_ADDRESS, MANAGER_ADDRESS = "10.78.0.1", "10.78.0.2", "10.78.0.9"
 # The lab is made by the administrator of the switch, not by Hairpin: its flow has no cookie.
 PLAIN_FLOW = "priority=0,actions=NORMAL"
 
@@ -44,7 +46,7 @@ _NAMESPACE = uuid.UUID("0b0d37b5-5d6b-5a35-9a33-6f6c3a1c7f10")
 # No "-": a namespace `hp-LAB-THING` then belongs to one lab only.
 _LAB_NAME = re.compile(r"[a-z0-9]{1,15}")
 _VM_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
-_RESERVED = ("hv", "svc", "obs")
+_RESERVED = ("hv", "svc", "obs", "adm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,10 @@ class ProcessRecord:
 
 @dataclass(frozen=True, slots=True)
 class LabState:
-    """One lab, as its state file says. A value: functions that change a lab return a new one."""
+    """One lab, as its state file says. A value: functions that change a lab return a new one.
+
+    ``service_vm``: the service host is a VM of the image (appliance/lab/vm_lab.py), not a namespace.
+    """
 
     name: str
     phase: str
@@ -129,6 +134,7 @@ class LabState:
     processes: tuple[ProcessRecord, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     super_packets: bool = True
+    service_vm: bool = False
 
     @property
     def leg_mtu(self) -> int:
@@ -155,8 +161,14 @@ class LabState:
         return f"{self.prefix}obs"
 
     @property
+    def manager(self) -> str:
+        """Name of the network namespace that manages an appliance which is a VM."""
+        return f"{self.prefix}adm"
+
+    @property
     def namespaces(self) -> tuple[str, ...]:
-        return (self.hypervisor, self.service_host, self.observer, *(vm.netns for vm in self.vms))
+        own = (self.manager,) if self.service_vm else (self.service_host, self.observer)
+        return (self.hypervisor, *own, *(vm.netns for vm in self.vms))
 
     @property
     def ovs_dir(self) -> Path:
@@ -198,13 +210,36 @@ class LabState:
         return self.directory / "run"
 
     @property
+    def keys_dir(self) -> Path:
+        """What `hairpin host prepare` issued for an appliance that is a VM."""
+        return self.directory / "keys"
+
+    @property
     def token_file(self) -> Path:
-        return self.state_dir / "token"
+        return (self.keys_dir if self.service_vm else self.state_dir) / "token"
+
+    @property
+    def api_certificate(self) -> Path:
+        """The API's certificate, of an appliance that is a VM."""
+        return self.directory / "api.pem"
 
     @property
     def url(self) -> str:
         """The API's base URL, without a path."""
+        if self.service_vm:
+            return f"https://{APPLIANCE_ADDRESS}:{self.api_port}"
         return f"http://127.0.0.1:{self.api_port}"
+
+    @property
+    def client_env(self) -> dict[str, str]:
+        """How the command line is told where the service is."""
+        env = {"HAIRPIN_URL": self.url, "HAIRPIN_TOKEN_FILE": str(self.token_file)}
+        return {**env, "HAIRPIN_CA_FILE": str(self.api_certificate)} if self.service_vm else env
+
+    @property
+    def client_argv(self) -> tuple[str, ...]:
+        """What goes before a command that speaks to the service."""
+        return ("ip", "netns", "exec", self.manager) if self.service_vm else ()
 
     @property
     def settings(self) -> Settings:

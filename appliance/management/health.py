@@ -14,6 +14,7 @@ from appliance.assurance.disk import DiskState
 from appliance.assurance.ledger import LedgerRun
 from appliance.assurance.stages import Stage
 from appliance.export.exporter import ExporterStatus, State
+from appliance.image.boots import BootVersion, render_failed
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
 from appliance.rules.age import find_age, judge_age, render_age
 from appliance.rules.model import BUNDLE, RulesState, SourceReport
@@ -72,6 +73,7 @@ class Facts:
     disks: tuple[DiskState, ...] = ()
     shortcut_faults: tuple[str, ...] = ()
     stale_after: float | None = None
+    boots: tuple[BootVersion, ...] = ()
 
 
 def build_health(facts: Facts) -> doc.Health:
@@ -83,6 +85,7 @@ def build_health(facts: Facts) -> doc.Health:
     exporters = tuple(_judge_exporter(facts, one, problems) for one in facts.exporters)
     rules = _judge_rules(facts, problems)
     _judge_proof(facts, problems)
+    _judge_boots(facts, problems)
     needed = find_needed_lanes(facts.policies)
     blind = any(not lane.inspecting and lane.name in needed for lane in lanes)
     violated = facts.ledger is not None and facts.ledger.violated
@@ -211,6 +214,15 @@ def _judge_proof(facts: Facts, problems: list[doc.HealthProblem]) -> None:
     for foreign in run.ledger.foreign[:5]:
         reason = f"a flow that is not Hairpin's goes before its own: {foreign.flow}"
         _problem(problems, reason, foreign.reason, run.ledger.at)
+
+
+def _judge_boots(facts: Facts, problems: list[doc.HealthProblem]) -> None:
+    """A version that was tried and failed: who updated the appliance believes that it runs."""
+    running = next((one.version for one in facts.boots if one.running), "the one before")
+    mend = "update to a version that is mended (docs/update.md); until then the one before works"
+    for one in facts.boots:
+        if one.failed:
+            _problem(problems, render_failed(one, running), mend, one.at or facts.started_at)
 
 
 def _judge_switch(facts: Facts, problems: list[doc.HealthProblem]) -> doc.ComponentHealth:

@@ -47,6 +47,7 @@ from appliance.assurance.connections import TakenConnection
 from appliance.assurance.failures import Concerned
 from appliance.assurance.ledger import Inputs
 from appliance.export.exporter import Exporter
+from appliance.image.boots import read_versions
 from appliance.inspection.publish import InspectionState
 from appliance.management import render
 from appliance.management.concerned import Forwarding, find_concerned
@@ -61,6 +62,7 @@ from appliance.management.rulework import RuleWork
 from appliance.management.shortcut import ShortcutWork
 from appliance.management.shun import ShunWork
 from appliance.management.status import StatusCache
+from appliance.paths import BOOT_REPORT
 from appliance.settings import Settings
 from appliance.version import find_version
 from steering.coverage import build_coverage
@@ -190,6 +192,7 @@ class Management:
             ledger=self._watches.ledger.last,
             stale_after=self._settings.rules.stale_seconds,
             disks=self._watches.disk.states,
+            boots=read_versions(BOOT_REPORT),
             shortcut_faults=tuple(
                 filter(None, (self.shortcut.fault, self._watches.shortcuts.fault))
             ),

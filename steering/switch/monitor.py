@@ -10,14 +10,17 @@ from pathlib import Path
 
 import structlog
 
+from steering.errors import SwitchError
 from steering.pipeline import COOKIE_PREFIX, LEARNED_TABLES, Table
 from steering.run import end_process
 from steering.switch.openflow import LearnedAddress, parse_learned
+from steering.switch.secure import check_openflow
 from steering.tasks import wait_at_most
 from steering.tls import TlsFiles, find_options
 
 log = structlog.get_logger("monitor")
 
+_PAUSE, _LONGEST_PAUSE = 0.2, 2.0
 _NO_NEWS = ("FLOW_MONITOR", "OFPT_ECHO_REQUEST")
 PREFIX = f"cookie={COOKIE_PREFIX << 48:#x}"[:-12]
 
@@ -27,6 +30,9 @@ class FlowMonitor:
 
     ``on_address`` gets each address as it is learned or changes hands; ``on_change`` is called when a
     flow of ours came, went or changed, whoever did it; ``on_lost`` when the connection ended.
+
+    By TLS it is asked first whose certificate the switch shows, which ovs-ofctl does not look at: one that is
+    another's is not followed. ``fault`` says so, and is empty while nothing is wrong.
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class FlowMonitor:
     ) -> None:
         self._target = target
         self._options = find_options(target, tls)
+        self._tls = tls if self._options else None
+        self.fault = ""
         self._process: asyncio.subprocess.Process | None = None
         self._on_address = on_address
         self._on_change = on_change
@@ -46,16 +54,24 @@ class FlowMonitor:
 
     async def run(self) -> None:
         """Until cancelled."""
+        pause = _PAUSE
         while True:
             try:
+                await self._check_peer()
+                pause = _PAUSE
                 await self._watch()
+            except SwitchError as fault:
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                if fault.reason != self.fault:
+                    log.warning("the switch is not followed", reason=fault.reason)
+                self.fault = fault.reason
             except OSError as fault:
                 log.warning("flow monitor ended", reason=str(fault))
             except Exception:
                 # What it told before may be wrong: all is read anew, and it is followed again.
                 log.exception("flow monitor failed")
             self._on_lost()
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(pause)
 
     def restart(self) -> None:
         """Connect anew, where it is over the network.
@@ -65,6 +81,12 @@ class FlowMonitor:
         if self._options and self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+    async def _check_peer(self) -> None:
+        """Raises SwitchError."""
+        if self._tls is not None:
+            await asyncio.to_thread(check_openflow, self._target, self._tls)
+            self.fault = ""
 
     async def _watch(self) -> None:
         with tempfile.TemporaryDirectory(prefix="hairpin-monitor-") as directory:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ START_SECONDS = 10.0
 SECONDS = 20.0
 VERSION = ("-O", "OpenFlow15", "--no-names")
 LOCAL_OFPORT = 65534
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+_LAUNCH = (
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {_SIGKILL}, 0, 0, 0); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +143,20 @@ class Replica:
         self._ports: tuple[CopiedPort, ...] = ()
         self._tables = ("", "")
         self._live: dict[str, bool] = {}
+        self._is_whole = True
 
     @property
     def control(self) -> Path:
         return self._directory / "vswitchd.ctl"
 
     async def open(self) -> None:
-        """Have it run; anew, and empty, if it ended. Raises SwitchError."""
-        if self._processes and all(one.returncode is None for one in self._processes):
+        """Have it run; anew, and empty, if it ended or its ports are not known. Raises SwitchError."""
+        running = self._processes and all(one.returncode is None for one in self._processes)
+        if running and self._is_whole:
             return
         await self.close()
         self._ports, self._tables, self._live = (), ("", ""), {}
+        self._is_whole = True
         try:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory.mkdir(mode=0o700, parents=True)
@@ -187,11 +196,14 @@ class Replica:
         return f"unix:{self._directory}/db.sock"
 
     async def _begin(self, *argv: str) -> None:
-        """A program that ends with us, however we end (prctl(2), PR_SET_PDEATHSIG)."""
+        """A program that ends with us, however we end (prctl(2), PR_SET_PDEATHSIG).
+
+        Not by setpriv(1), which sets its capabilities anew, even to what they are: the appliance's unit forbids that.
+        """
         names = ("OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "OVS_SYSCONFDIR")
         directory = str(self._directory)
         process = await asyncio.create_subprocess_exec(
-            "setpriv", "--pdeathsig", "KILL", "--", *argv, "-vconsole:off", "-vsyslog:off",
+            sys.executable, "-I", "-S", "-c", _LAUNCH, *argv, "-vconsole:off", "-vsyslog:off",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
@@ -203,9 +215,10 @@ class Replica:
     async def _wait(self, path: Path) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not path.is_socket():
-            ended = any(one.returncode is not None for one in self._processes)
+            ended = [one.returncode for one in self._processes if one.returncode is not None]
             if ended or time.monotonic() >= deadline:
-                raise OSError(f"{path.name} did not appear")
+                why = f"its program ended with status {ended[0]}" if ended else "too slow"
+                raise OSError(f"{path.name} did not appear: {why}")
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -260,7 +273,10 @@ class Replica:
         )
         argv = build_port_commands(self._bridge, self._ports, ports)
         if argv:
+            # One that was given up is none the less done, sooner or later.
+            self._is_whole = False
             self._vsctl(*argv)
+            self._is_whole = True
             for name in {port.name for port in set(self._ports) ^ set(ports)}:
                 self._live.pop(name, None)
             self._ports = ports

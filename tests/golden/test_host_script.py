@@ -19,7 +19,8 @@ from tests.support.host_specs import SPEC, TOKEN
 
 FOLDER = Path(__file__).parent / "host"
 # Certificates are other ones each time; what stands for them here says which.
-PKI = Pki(*(Issued(f"({end} certificate)\n", f"({end} key)\n") for end in ("CA", "host", "our")))
+ENDS = ("CA", "host", "our", "API")
+PKI = Pki(*(Issued(f"({end} certificate)\n", f"({end} key)\n") for end in ENDS))
 
 
 def build_scripts() -> dict[str, str]:

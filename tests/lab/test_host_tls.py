@@ -22,11 +22,13 @@ from steering.errors import SwitchError
 from steering.events import SteeringEvent, SwitchChanged
 from steering.model import PolicySet
 from steering.peer import find_peer_fault
+from steering.pipeline import CookieKind, build_cookie
 from steering.reconcile import Reconciler
 from steering.revive import Reviver
 from steering.run import run
 from steering.shortcut import Return
 from steering.switch.foreign import read_foreign
+from steering.switch.monitor import FlowMonitor
 from steering.tls import TlsFiles
 from tests.support.dummy_switch import BRIDGE
 from tests.support.shortcut_world import LANE, LANES, VMS, build_policies, build_segment, find_mac
@@ -264,6 +266,43 @@ async def test_what_is_wrong_is_refused_and_told(tls: TlsSwitch, tmp_path: Path,
         await reconciler.close()
     flows = tls.switch.run("ovs-ofctl", "-O", "OpenFlow15", "dump-flows", tls.switch.target)
     assert "cookie=0x4850" not in flows
+
+
+async def test_a_bridge_that_shows_another_s_name_is_not_followed(tls: TlsSwitch) -> None:
+    """ovs-ofctl does not look at the name: with a CA of many hosts it would follow whoever answers."""
+    changes: list[int] = []
+
+    async def take(_address: object) -> None:
+        return None
+
+    async def follow(name: str) -> tuple[FlowMonitor, asyncio.Task[None]]:
+        files = replace(tls.ours, name=name)
+        monitor = FlowMonitor(
+            tls.openflow, take, lambda: changes.append(1), lambda: None, tls=files
+        )
+        return monitor, asyncio.create_task(monitor.run())
+
+    def change_flow() -> None:
+        flow = f"cookie={build_cookie(CookieKind.ADDRESS):#x},table=99,priority=1,actions=drop"
+        for verb, text in (("add-flow", flow), ("del-flows", "table=99")):
+            tls.switch.run("ovs-ofctl", "-O", "OpenFlow15", verb, tls.switch.target, text)
+
+    monitor, running = await follow("hv-2")
+    try:
+        await wait_until(lambda: "for another name than hv-2" in monitor.fault, 5.0)
+        change_flow()
+        await asyncio.sleep(0.5)
+        assert changes == []
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    monitor, running = await follow(NAME)
+    try:
+        await wait_until(lambda: (change_flow(), changes)[1], 5.0)
+        assert monitor.fault == ""
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 def _is_told(fault: SwitchError | None, wrong: Wrong) -> bool:

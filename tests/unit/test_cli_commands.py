@@ -20,7 +20,7 @@ import pytest
 import structlog
 
 from appliance.api.stream import StreamLimits
-from appliance.cli import run_cli
+from appliance.cli import ALONE, build_app, run_cli
 from appliance.client import Client, Place
 from appliance.commands import lab as lab_commands
 from appliance.commands.output import clean
@@ -379,8 +379,6 @@ def test_the_reference_is_that_of_the_program() -> None:
 def test_every_command_with_json_tells_its_shape() -> None:
     from typer.main import get_command
 
-    from appliance.cli import build_app
-
     with_json = {
         name
         for name, command in find_commands("", get_command(build_app()))
@@ -495,3 +493,30 @@ def test_what_to_send_back_is_said_in_one_way_and_nothing_is_sent_back_by_mistak
     ended = program.run("shortcut", "return", *argv)
     assert ended.status == 2, ended
     assert len(program.control.shortcuts) == 1
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_units_start_is_the_same_alone(name: str) -> None:
+    from typer.main import get_command
+
+    def describe(app: object) -> dict[str, list[list[str]]]:
+        found = find_commands("", get_command(app))  # type: ignore[arg-type]
+        return {
+            path: [[*one.opts, *one.secondary_opts] for one in command.params]
+            for path, command in found
+            if path.split()[0] == name
+        }
+
+    alone = describe(build_app(name))
+    assert alone
+    assert alone == describe(build_app())
+
+
+def test_what_units_start_reads_no_more_than_it_needs() -> None:
+    """In a process of its own: others have everything by now."""
+    script = (
+        "import sys; from appliance.cli import run_cli; status = run_cli(['image', '--help']);"
+        "sys.exit(status or 'aiohttp' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.returncode == 0

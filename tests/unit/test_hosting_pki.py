@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from appliance.hosting.keeping import find_folder, keep
+from appliance.hosting.keeping import ENDS, find_folder, keep
 from appliance.hosting.pki import LEAF_DAYS, Pki, find_fault, issue, renew
 from appliance.hosting.spec import parse_spec
 from steering.errors import HairpinError
@@ -27,16 +27,19 @@ def load(text: str) -> x509.Certificate:
 
 
 def build(now: float = NOW) -> Pki:
-    return issue("hv-1", ["hv-1.example.org"], "192.0.2.10", now)
+    return issue("hv-1", ["hv-1.example.org"], "192.0.2.10", now, "192.0.2.20")
 
 
 def test_each_certificate_is_for_one_purpose_and_the_host_s_for_its_names() -> None:
     pki = build()
-    ca, host, ours = (load(one.certificate) for one in (pki.ca, pki.host, pki.appliance))
+    ca, host, ours, api = (
+        load(one.certificate) for one in (pki.ca, pki.host, pki.appliance, pki.api)
+    )
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
     for leaf, purpose in (
         (host, ExtendedKeyUsageOID.SERVER_AUTH),
         (ours, ExtendedKeyUsageOID.CLIENT_AUTH),
+        (api, ExtendedKeyUsageOID.SERVER_AUTH),
     ):
         leaf.verify_directly_issued_by(ca)
         assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
@@ -48,6 +51,9 @@ def test_each_certificate_is_for_one_purpose_and_the_host_s_for_its_names() -> N
     names = host.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["hv-1", "hv-1.example.org"]
     assert [str(one) for one in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.10"]
+    shown = api.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert shown.get_values_for_type(x509.DNSName) == ["hv-1"]
+    assert [str(one) for one in shown.get_values_for_type(x509.IPAddress)] == ["192.0.2.20"]
 
 
 def test_every_host_has_a_ca_of_its_own() -> None:
@@ -75,6 +81,15 @@ def test_what_does_not_fit_any_more_is_found(
     assert bool(found) == bool(fault)
 
 
+def test_an_appliance_that_moved_needs_another_certificate() -> None:
+    found = find_fault(build(), ["hv-1"], "192.0.2.10", NOW, "192.0.2.21")
+    assert found == "the API's certificate is not for 192.0.2.21"
+    assert find_fault(build(), ["hv-1"], "192.0.2.10", NOW, "192.0.2.20") == ""
+    # By DHCP: the name is what it is known by.
+    named = issue("hv-1", [], "192.0.2.10", NOW)
+    assert find_fault(named, ["hv-1"], "192.0.2.10", NOW) == ""
+
+
 def test_a_renewed_pair_is_by_the_same_ca_with_other_keys() -> None:
     former = build()
     now = renew(former.ca, "hv-1", [], "192.0.2.10", NOW + 600 * DAY)
@@ -87,8 +102,9 @@ def test_a_renewed_pair_is_by_the_same_ca_with_other_keys() -> None:
 
 def test_a_certificate_with_another_s_key_or_ca_is_found() -> None:
     one, other = build(), build()
-    mixed = Pki(one.ca, other.host, one.appliance)
-    assert "not signed by the CA" in find_fault(mixed, ["hv-1"], "192.0.2.10", NOW)
+    for end in ("host", "appliance", "api"):
+        mixed = replace(one, **{end: getattr(other, end)})
+        assert "not signed by the CA" in find_fault(mixed, ["hv-1"], "192.0.2.10", NOW)
     swapped = replace(one, host=replace(one.host, key=one.appliance.key))
     assert "do not belong together" in find_fault(swapped, ["hv-1"], "192.0.2.10", NOW)
 
@@ -103,7 +119,7 @@ def test_the_folder_is_written_once_for_its_owner_only(tmp_path: Path) -> None:
         [
             "secret",
             "token",
-            *(f"{end}.{kind}" for end in ("ca", "host", "appliance") for kind in ("pem", "key")),
+            *(f"{end}.{kind}" for end in ENDS for kind in ("pem", "key")),
         ]
     )
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())

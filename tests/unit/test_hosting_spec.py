@@ -149,8 +149,9 @@ def test_no_secret_is_in_what_others_may_read() -> None:
     spec: HostSpec = parse_spec(SPEC)
     ports = build_ports(spec, SECRET)
     pki = issue(spec.name, spec.names, spec.address, 1_800_000_000.0)
-    seed = build_seed(spec, ports, pki, TOKEN)["hairpin"]["switch"]
-    assert seed["key"] == pki.appliance.key
+    seed = build_seed(spec, ports, pki, TOKEN)["hairpin"]
+    assert seed["switch"]["key"] == pki.appliance.key
+    assert seed["api"] == {"token": TOKEN, "certificate": pki.api.certificate, "key": pki.api.key}
     for secret in (pki.ca.key, pki.host.key):
         assert secret not in str(seed)
     domain = render_domain(spec, ports)

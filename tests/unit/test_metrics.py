@@ -80,6 +80,7 @@ def build_snapshot() -> Snapshot:
         inspection=InspectionState(
             updated=1.0,
             pid=1,
+            dialect="nftables",
             lanes=(
                 LaneState(
                     number=1,
@@ -108,6 +109,7 @@ def test_prometheus_reads_the_page() -> None:
     assert found["hairpin_canary_passed", ("prevent",)] == 1
     assert found["hairpin_guard_dropped_packets_total", ("spoofed",)] == 5
     assert found["hairpin_status", ("ok",)] == 1
+    assert found["hairpin_inspection_dialect", ("nftables",)] == 1
     for name, value in (
         ("open_connections", 2), ("connections_total", 7), ("returns_total", 3),
         ("packets_total", 900), ("bytes_total", 90_000),

@@ -29,6 +29,15 @@ def image() -> Path:
     return built[-1]
 
 
+@pytest.fixture(scope="session")
+def keys() -> tuple[Path, Path]:
+    """What the image was signed with on this machine: the private key and its certificate."""
+    at = Path(os.environ.get("HAIRPIN_IMAGE_KEYS", ROOT / "image-build/keys"))
+    if not (at / "image.key").exists():
+        pytest.fail(f"no {at}/image.key: the tests sign rules with the key of a development image")
+    return at / "image.key", at / "image.crt"
+
+
 @pytest.fixture
 def boot(image: Path, tmp_path: Path) -> Iterator[Callable[..., Vm]]:
     """Boots VMs of the image: `boot(cores=1, ...)` as `VmSpec` has it. All are off at the test's end."""

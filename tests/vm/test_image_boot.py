@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.disk_images import find_partition
 from tests.support.qemu import Nic, Vm, VmSpec, run_vm
 from tests.support.vm_probe import build_probe, read_probe, write_file
 
@@ -40,6 +42,12 @@ DEVICES = {
 # What `hairpin firstboot` will do: here the test hands in the settings, and it is replaced by nothing.
 NO_FIRSTBOOT = "[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
 
+# There is no curl in it.
+ASK = (
+    "/usr/lib/hairpin/venv/bin/python -I -c "
+    '\'import http.client as h; c = h.HTTPConnection("127.0.0.1", 8470); '
+    'c.request("GET", "/health"); r = c.getresponse(); print(r.status, r.read().decode())\''
+)
 LOOK = f"""
 echo [verity] $(veritysetup status root 2>/dev/null | tr -s ' \\n' ' ') $(grep ' / ' /proc/mounts)
 echo [dm] $(cat /sys/block/dm-0/dm/uuid)
@@ -52,6 +60,11 @@ echo [logins] $(command -v {" ".join(LOGINS)})
 echo [write] $(touch /usr/x 2>&1)
 echo [machine] $(cat /etc/machine-id)
 echo [lockdown] $(cat /sys/kernel/security/lockdown)
+n=0; while [ $n -lt 240 ] && ! systemctl is-active -q hairpin-setup-health; do sleep 1; n=$((n+1)); done
+ask() {{ {ASK} > /tmp/health.new && mv /tmp/health.new /tmp/health; }}
+n=0; while [ $n -lt 120 ] && ! [ -e /tmp/health ]; do sleep 2; n=$((n+1)); ask; done
+echo [health] $(cat /tmp/health)
+echo [config] $(ls /run/hairpin-config)
 """
 INSPECT = """
 rights() { grep -hE '^(Uid|CapEff|CapBnd|NoNewPrivs)' /proc/$1/status; }
@@ -138,6 +151,40 @@ def test_nobody_can_log_in(inside: Inside) -> None:
 
 def test_the_machine_is_known_by_the_hypervisors_number(inside: Inside) -> None:
     assert inside["machine"] == inside.vm.spec.uuid.replace("-", "")
+
+
+def test_without_a_seed_it_tells_so_and_nothing_of_the_product_runs(inside: Inside) -> None:
+    """On the console and at `/health`, on loopback: no management network is known."""
+    console = inside.vm.read_console()
+    assert "(seed): there is none: neither the credential hairpin.seed nor a disk" in console
+    assert "failing: not configured, first boot failed" in console
+    assert inside["health"].startswith("503 ")
+    assert '"status":"failing"' in inside["health"].replace(" ", "")
+    assert inside["config"] == "faults.json"
+
+
+def test_a_root_with_a_flipped_byte_is_not_used(
+    image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In the first block of its file system: the kernel reads it first, and starts anew."""
+    at = tmp_path_factory.mktemp("flipped")
+    disk = at / "disk.raw"
+    shutil.copyfile(image, disk)
+    label = image.name.removesuffix(".raw")
+    with disk.open("r+b") as stream:
+        place = find_partition(disk, label).offset + 1024 + 40
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+    with run_vm(VmSpec(disk=disk, directory=at / "vm")) as vm:
+        vm.wait_for(r"device-mapper: verity: .* data block 0 is corrupted", BOOT_SECONDS)
+        seen = len(vm.read_console())
+        # The initrd gives up, and the firmware begins again.
+        vm.wait_for(
+            r"BdsDxe: starting|EFI stub|Linux version|verity: .* is corrupted", 300.0, after=seen
+        )
+        assert "Hairpin" not in vm.read_console()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ SECTOR = 512
 BLOCK = 2**20
 ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 PREFIX = "hairpin_0.0.1."
+OUTPUTS = ("raw", "qcow2", "efi", "manifest", "raw.manifest", "cdx.json")
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -94,7 +95,7 @@ def read_esp(disk: Path, start: int) -> dict[str, bytes]:
 
 def test_two_builds_of_one_commit_are_the_same_but_for_signatures(tmp_path: Path) -> None:
     one, other = build(tmp_path / "one"), build(tmp_path / "two")
-    assert set(one) == set(other) == {"raw", "qcow2", "efi", "manifest", "cdx.json", "SHA256SUMS"}
+    assert set(one) == set(other) == {*OUTPUTS, "SHA256SUMS"}
     for name in ("manifest", "cdx.json"):
         assert one[name].read_bytes() == other[name].read_bytes(), name
     assert strip_signature(one["efi"].read_bytes()) == strip_signature(other["efi"].read_bytes())
@@ -122,7 +123,7 @@ def test_checksums_and_the_qcow2_are_of_the_same_disk(image: Path) -> None:
     sums = dict(
         reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines()
     )
-    assert set(sums) == {f"{name}.{end}" for end in ("raw", "qcow2", "efi", "manifest", "cdx.json")}
+    assert set(sums) == {f"{name}.{end}" for end in OUTPUTS}
     for file, digest in sums.items():
         with (out / file).open("rb") as stream:
             assert hashlib.file_digest(stream, "sha256").hexdigest() == digest, file

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-UNITS = sorted((ROOT / "image-build/mkosi.extra/usr/lib/systemd/system").glob("hairpin-*.service"))
+EXTRA = ROOT / "image-build/mkosi.extra"
+UNITS = sorted((EXTRA / "usr/lib/systemd/system").glob("hairpin-*.service"))
 TOOLS = ROOT / "image-build/cache/tools"
 MOST = 2.5
 IDS = [unit.stem for unit in UNITS]
-WITHOUT_CAPABILITIES = ("serve", "console", "setup-health", "boot-check")
+WITHOUT_CAPABILITIES = ("serve", "console", "setup-health")
+BY_UDEV = ("hairpin-update",)
+"""Started when a disk appears."""
 
 pytestmark = pytest.mark.vm
 
@@ -67,5 +70,12 @@ def test_only_what_needs_links_and_rules_may_change_the_network() -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=IDS)
-def test_a_unit_is_started_at_boot(unit: Path) -> None:
-    assert read_values(unit, "(?:WantedBy|RequiredBy)")
+def test_a_unit_is_started_at_boot_or_by_a_disk(unit: Path) -> None:
+    wanted = read_values(unit, "(?:WantedBy|RequiredBy)")
+    assert bool(wanted) != (unit.stem in BY_UDEV)
+
+
+@pytest.mark.parametrize("name", BY_UDEV)
+def test_a_rule_of_udev_starts_it(name: str) -> None:
+    rules = (EXTRA / "usr/lib/udev/rules.d").glob("*.rules")
+    assert any(f'ENV{{SYSTEMD_WANTS}}+="{name}.service"' in path.read_text() for path in rules)

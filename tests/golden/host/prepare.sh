@@ -87,6 +87,10 @@ hairpin:
     - 192.0.2.53
   api:
     token: an-api-token-of-more-than-32-characters
+    certificate: |
+      (API certificate)
+    key: |
+      (API key)
   switch:
     bridge: br-int
     ovsdb: ssl:192.0.2.10:6640

@@ -125,6 +125,8 @@ def test_a_release_is_taken_out_of_an_image(
     assert told["version"] == "0.1.0"
     assert sorted(told["files"]) == sorted(one.name for one in out.iterdir())
     assert find_parts(out)["root"].read_bytes() == image.root.data.read_bytes()
+    assert update.find_named_version(out) == "0.1.0"
+    assert update.find_named_version(image.disk) is None
     with stage(image.disk, tmp_path / "staged", quiet) as files:
         assert check_release(files, image.trusted, quiet).version == "0.1.0"
     assert not (tmp_path / "staged").exists()
@@ -354,23 +356,42 @@ def test_it_waits_until_all_is_well_but_not_for_ever() -> None:
     assert not passed.wait(10.0).passed
 
 
-def make_bless(path: Path, says: str) -> Path:
-    path.write_text(f'#!/bin/sh\n[ "$1" = status ] && echo {says}\n')
-    path.chmod(0o755)
+def make_variable(path: Path, kernel: str) -> Path:
+    """As systemd-boot writes it: attributes, then UTF-16."""
+    path.write_bytes(b"\x06\0\0\0" + f"\\EFI\\Linux\\{kernel}\0".encode("utf-16-le"))
     return path
 
 
 def test_only_a_version_on_trial_with_another_to_go_back_to_is_turned_out(tmp_path: Path) -> None:
     kernels = tmp_path / "Linux"
     kernels.mkdir()
+    trial = make_variable(tmp_path / "counted", "hairpin_0.2.0+2-1.efi")
+    with pytest.raises(HairpinError, match="not seen"):
+        bootcheck.read_boot(trial, (kernels,))
     (kernels / "hairpin_0.2.0+2-1.efi").touch()
-    assert bootcheck.read_boot(tmp_path / "none") == bootcheck.Boot(False, 0)
-    trial = make_bless(tmp_path / "trial", "indeterminate")
+    assert bootcheck.read_boot(tmp_path / "none", (kernels,)) == bootcheck.Boot(False, 0)
     assert bootcheck.read_boot(trial, (kernels,)) == bootcheck.Boot(True, 0)
     (kernels / "hairpin_0.1.0.efi").touch()
     assert bootcheck.read_boot(trial, (kernels, kernels)) == bootcheck.Boot(True, 1)
-    good = make_bless(tmp_path / "good", "good")
-    assert bootcheck.read_boot(good, (kernels,)) == bootcheck.Boot(False, 1)
+    (kernels / "hairpin_0.2.0+2-1.efi").rename(kernels / "hairpin_0.2.0.efi")
+    assert bootcheck.read_boot(trial, (kernels,)) == bootcheck.Boot(False, 1)
+    trial.write_bytes(b"\x06\0\0\0\0\0")
+    with pytest.raises(HairpinError, match="can't be read"):
+        bootcheck.read_boot(trial, (kernels,))
+
+
+def test_what_the_boot_loader_counts_is_not_passed_over_when_nobody_can_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> bootcheck.Boot:
+        raise HairpinError("the boot partition is not seen")
+
+    monkeypatch.setattr(bootcheck, "read_boot", refuse)
+    token = tmp_path / "token"
+    token.write_text("x")
+    argv = ["image", "check", "--seconds", "1", "--url", "http://127.0.0.1:1"]
+    assert run_cli([*argv, "--token-file", str(token)]) == 1
+    assert "lacking:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""A new version beside the running one: written from a disk, tried, sent back, told by health; tried again and kept.
+
+The host is a real one: Open vSwitch's userspace datapath, prepared by `hairpin host prepare`, so that lanes forward
+and canaries are blocked. What fails the first trial is a leg whose link is down on the host. One machine, four boots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from appliance.cli import run_cli
+from appliance.lab import lifecycle
+from appliance.lab.plan import LabState
+from appliance.lab.vm_lab import bring_up_vm, build_spec
+from steering.run import run
+from tests.support.qemu import Vm, can_use_kvm, run_vm
+from tests.support.vm_probe import BEGIN, END, build_probe
+from tests.support.vm_seed import write_iso
+from tests.vm.test_image_boot import parse_facts
+
+pytestmark = [pytest.mark.vm, pytest.mark.lab, pytest.mark.timeout(5400)]
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = "imgup"
+LIFE_SECONDS = 1500.0
+"""Of one boot, to what is waited for in it: under TCG on two busy cores."""
+# The boot loader would give three tries, and the check would wait four minutes in each: one of half a minute will do.
+CHECK = """[Service]
+ExecStart=
+ExecStart=/usr/bin/hairpin image check --seconds {seconds} --faults /run/hairpin-config/faults.json --record {record}
+"""
+CHECK_SECONDS = 30
+RECORD = "/var/lib/hairpin-boot/trial.json"
+LINUX = "/boot/EFI/Linux"
+
+
+def write_script(new: str) -> str:
+    """What the probe does in each life, by which version runs and what became of the new one."""
+    kernel = f"{LINUX}/hairpin_{new}"
+    wait = "n=0; while [ $n -lt 1400 ] && {}; do sleep 1; n=$((n+1)); done"
+    told = "hairpin health --json > /tmp/health.json 2>/dev/null; ! grep -q 'was tried' /tmp/health.json"
+    facts = f"echo [kernels] $(ls {LINUX}); echo [boots] $(cat /run/hairpin-boot/versions.json)"
+    unit = "$(systemctl show -P Result hairpin-update.service)"
+    first = (
+        f"{wait.format(f'! [ -e {kernel}+3-0.efi ]')}; "
+        + f"{wait.format('systemctl is-active hairpin-update.service | grep -q activating')}; "
+        + f"echo [update] {unit}; {facts}; mv {kernel}+3-0.efi {kernel}+1-0.efi; sync; echo [phase] first"
+    )
+    returned = (
+        f"{wait.format(told)}; {facts}; echo [update] {unit}; "
+        + "echo [reason] $(grep 'was tried' /tmp/health.json); "
+        + f"mv {kernel}+0-1.efi {kernel}+1-0.efi; sync; echo [phase] returned"
+    )
+    tried = f"{wait.format(f'! [ -e {kernel}.efi ]')}; {facts}; echo [phase] kept"
+    running = "$(sed -n 's/^IMAGE_VERSION=//p' /etc/os-release)"
+    return "\n".join(
+        (
+            "export HOME=/tmp",
+            f"v={running}",
+            "echo [version] $v",
+            f"if [ $v = {new} ]; then {tried}; "
+            f"elif ls {LINUX} | grep -q '{new}+0-1'; then {returned}; else {first}; fi",
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def newer(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image once more, of the next version; HAIRPIN_NEXT_IMAGE names one that is there."""
+    if named := os.environ.get("HAIRPIN_NEXT_IMAGE"):
+        return Path(named)
+    out = tmp_path_factory.mktemp("newer")
+    major, minor, patch = re.findall(r"\d+", image.name)[:3]
+    version = f"{major}.{minor}.{int(patch) + 1}"
+    subprocess.run(
+        [str(ROOT / "image-build/build.sh")],
+        env={**os.environ, "OUT": str(out), "VERSION": version},
+        check=True,
+        timeout=1700,
+        capture_output=True,
+    )
+    return out / f"hairpin_{version}.raw"
+
+
+@pytest.fixture(scope="module")
+def disk(newer: Path, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As docs/update.md has it made."""
+    at = tmp_path_factory.mktemp("release")
+    argv = ["image", "extract", str(newer), "--output", str(at / "parts")]
+    assert run_cli([*argv, "--certificate", str(keys[1])]) == 0
+    parts: dict[str, str | Path] = {path.name: path for path in (at / "parts").iterdir()}
+    return write_iso(at / "update.iso", parts, "HAIRPIN_UPDATE")
+
+
+@pytest.fixture(scope="module")
+def lab(image: Path) -> Iterator[LabState]:
+    try:
+        yield bring_up_vm(LAB, image, kvm=can_use_kvm(), vms=2)
+    finally:
+        lifecycle.take_down(LAB)
+
+
+@dataclass
+class Life:
+    """A machine, and where on its console its last boot began."""
+
+    vm: Vm
+    read: int = 0
+
+    def wait(self) -> dict[str, str]:
+        """What the next probe that ends tells; one that is broken off by a restart is passed over."""
+        end = END.format("life")
+        self.vm.wait_for(re.escape(end), LIFE_SECONDS, after=self.read)
+        text = self.vm.read_console()
+        at = text.index(end, self.read)
+        facts = text[text.rindex(BEGIN.format("life"), 0, at) : at]
+        self.read = at + len(end)
+        return parse_facts(facts)
+
+
+@pytest.fixture(scope="module")
+def story(
+    image: Path, newer: Path, disk: Path, lab: LabState
+) -> Iterator[tuple[str, str, list[dict[str, str]], str]]:
+    """Versions, what each life told, and the whole console."""
+    old, new = (path.name.removeprefix("hairpin_").removesuffix(".raw") for path in (image, newer))
+    spec = build_spec(lab)
+    spec = replace(
+        spec,
+        drives=(disk,),
+        credentials={
+            "systemd.unit-dropin.hairpin-boot-check.service": CHECK.format(
+                seconds=CHECK_SECONDS, record=RECORD
+            ),
+            **build_probe("life", write_script(new)),
+        },
+    )
+    leg = next(one.leg_a for one in lab.lanes)
+    lives = []
+    with run_vm(spec, kvm=can_use_kvm()) as vm:
+        life = Life(vm)
+        lives.append(life.wait())
+        run(["ip", "-n", lab.hypervisor, "link", "set", leg, "down"])
+        vm.command("system_reset")
+        lives.append(life.wait())
+        run(["ip", "-n", lab.hypervisor, "link", "set", leg, "up"])
+        vm.command("system_reset")
+        lives.append(life.wait())
+        yield old, new, lives, vm.read_console()
+
+
+def test_a_disk_with_a_new_version_is_written_beside_the_one_that_runs(
+    story: tuple[str, str, list[dict[str, str]], str],
+) -> None:
+    old, new, lives, console = story
+    assert lives[0]["version"] == old
+    assert lives[0]["update"] == "success", console[-6000:]
+    assert set(lives[0]["kernels"].split()) == {f"hairpin_{old}.efi", f"hairpin_{new}+3-0.efi"}
+
+
+def test_a_version_whose_lanes_do_not_forward_is_sent_back(
+    story: tuple[str, str, list[dict[str, str]], str],
+) -> None:
+    old, new, lives, console = story
+    assert "lacking: lane prevent:" in console
+    assert lives[1]["version"] == old
+    assert set(lives[1]["kernels"].split()) == {f"hairpin_{old}.efi", f"hairpin_{new}+0-1.efi"}
+
+
+def test_health_says_that_a_version_was_tried_and_failed_and_why(
+    story: tuple[str, str, list[dict[str, str]], str],
+) -> None:
+    old, new, lives, _ = story
+    reason = lives[1]["reason"]
+    assert f"version {new} was tried once and failed, {old} runs again: lane prevent:" in reason
+    # The disk is still there: it is not written, and so tried, again and again.
+    assert lives[1]["update"] == "success"
+
+
+def test_a_good_version_is_kept(story: tuple[str, str, list[dict[str, str]], str]) -> None:
+    old, new, lives, console = story
+    assert lives[2]["version"] == new, console[-6000:]
+    assert set(lives[2]["kernels"].split()) == {f"hairpin_{old}.efi", f"hairpin_{new}.efi"}
+    assert "every lane forwards and blocks its canary" in console
+    assert json.loads(lives[1]["boots"])
