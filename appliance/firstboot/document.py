@@ -19,6 +19,8 @@ from steering.model import Profile
 
 PEM_LIMIT = 64 * 1024
 DEFAULT_PORT = 8470
+TOKEN_LENGTH = 32
+"""Characters that a token has at least: longer text is never shown, wherever it stands."""
 
 
 def _normalise_mac(text: str) -> str:
@@ -46,6 +48,7 @@ Mac = Annotated[
     Field(pattern=r"^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$"),
     AfterValidator(_normalise_mac),
 ]
+ApiPort = Annotated[int, Field(ge=1024, le=65535)]
 Pem = Annotated[str, Field(max_length=PEM_LIMIT), AfterValidator(_check_pem)]
 RemoteConnection = Annotated[
     str,
@@ -142,16 +145,14 @@ class ApiSeed(Document):
     """Who may manage the appliance, and how it proves who it is. It is served by HTTPS only."""
 
     token: str = Field(
-        pattern=r"^[A-Za-z0-9._~+/-]{32,512}=*$",
+        pattern=rf"^[A-Za-z0-9._~+/-]{{{TOKEN_LENGTH},512}}=*$",
         repr=False,
         description="The bearer token of the management API, 32 characters or more; or the credential "
         "`hairpin.token`.",
         examples=["(as `openssl rand -hex 32` prints it)"],
     )
-    port: int = Field(
+    port: ApiPort = Field(
         default=DEFAULT_PORT,
-        ge=1024,
-        le=65535,
         description="TCP port to listen on; not below 1024, since the service has no privilege.",
         examples=[DEFAULT_PORT],
     )

@@ -349,6 +349,9 @@ def test_the_report_of_faults_is_bounded_and_read_back(machine: Machine) -> None
     found = machine.read_report()
     assert len(found.faults) == 201
     assert found.faults[-1].reason == "and 300 more faults"
+    odd = Fault("k" * 10_000, "not \ud800", "mend it")
+    machine.places.faults.write_text(render_report(replace(report, faults=(odd,) * 200)))
+    assert "ud800" in machine.read_report().faults[0].reason
     assert read_report(machine.root / "absent") is None
     machine.places.faults.write_text("{")
     with pytest.raises(HairpinError, match=r"faults\.json can't be read"):
