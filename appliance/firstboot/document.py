@@ -19,6 +19,7 @@ from steering.model import Profile
 
 PEM_LIMIT = 64 * 1024
 DEFAULT_PORT = 8470
+_THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 TOKEN_LENGTH = 32
 """Characters that a token has at least: longer text is never shown, wherever it stands."""
 
@@ -95,13 +96,17 @@ class ManagementSeed(Document):
             found = ipaddress.ip_interface(value)
         except ValueError as fault:
             raise ValueError("not an IP address with its prefix length") from fault
+        if getattr(found, "scope_id", None) or getattr(found.ip, "ipv4_mapped", None):
+            # What follows a `%` may be any text, and would stand in networkd's file.
+            raise ValueError("not an address that a host can be reached by")
         network = found.network
         ends = network.prefixlen < network.max_prefixlen - 1 and found.ip in (
             network.network_address,
             *([network.broadcast_address] if found.version == 4 else []),
         )
         odd = found.is_multicast or found.is_loopback or found.is_unspecified or ends
-        if odd or found.is_link_local:
+        nobodys = found.version == 4 and (found.is_reserved or found.ip in _THIS_NETWORK)
+        if odd or nobodys or found.is_link_local or not network.prefixlen:
             raise ValueError("not an address that a host can be reached by")
         return str(found)
 

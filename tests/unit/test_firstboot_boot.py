@@ -214,6 +214,15 @@ def test_our_own_certificate_is_made_once(machine: Machine) -> None:
     assert pem.read_text().startswith("-----BEGIN")
 
 
+def test_a_refused_seed_does_not_cost_our_own_certificate(machine: Machine) -> None:
+    first = machine.boot(offer(build_seed())).fingerprint
+    before = machine.list_files()
+    assert machine.refuse(offer(change("canary.mac", "52:54:00:99:99:99", change("name", "other"))))
+    assert machine.boot(offer(build_seed())).fingerprint == first
+    kept = "/var/lib/hairpin-firstboot/api.key"
+    assert machine.list_files()[kept] == before[kept]
+
+
 def test_run_again_in_the_same_boot_it_leaves_nothing_of_the_run_before(machine: Machine) -> None:
     receiver = {"name": "old", "host": "h", "ca": build_seed()["switch"]["ca"]}
     machine.boot(offer(change("export", [receiver])))

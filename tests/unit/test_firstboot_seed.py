@@ -118,6 +118,13 @@ def test_the_example_is_taken_as_yaml_and_as_json() -> None:
         ("management.address", "192.0.2.255/24", "management.address", "not an address that a"),
         ("management.address", "127.0.0.1/8", "management.address", "not an address that a host"),
         ("management.address", "fe80::1/64", "management.address", "not an address that a host"),
+        *(
+            ("management.address", text, "management.address", "not an address that a host")
+            for text in (
+                "2001:db8::1%ens3/64", "2001:db8::1%x\nDHCP=yes/64", "::ffff:192.0.2.1/120",
+                "255.255.255.255/32", "240.0.0.1/24", "0.1.2.3/24", "192.0.2.10/0",
+            )
+        ),
         ("management.address", "0x7f.1/8", "management.address", "not an IP address"),
         ("management.gateway", "198.51.100.1", "management", "the gateway is not in 192.0.2.0/24"),
         ("management.gateway", "192.0.2.10", "management", "the gateway has the appliance's own"),
