@@ -328,6 +328,32 @@ def test_restore_refuses_while_flows_of_others_would_be_lost(
     assert host.restore() == 0
 
 
+def test_restore_refuses_while_groups_of_others_would_be_lost(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert host.prepare() == 0
+    host.ofctl("add-group", "group_id=7,type=all,bucket=output:1")
+    before = host.state()
+    assert host.restore() == 1
+    assert "groups of others" in capsys.readouterr().err
+    assert host.run_script(host.plan.restore).returncode == 1
+    assert host.state() == before
+    host.ofctl("del-groups", "group_id=7")
+    assert host.restore() == 0
+
+
+def test_restore_leaves_files_of_others(host: Host) -> None:
+    """As where `prepare` refused, since they were there."""
+    folder = host.switch.directory / "tls"
+    folder.mkdir(mode=0o750)
+    (folder / "host.key").write_text("somebody's key\n")
+    before = host.state()
+    for restore in (host.restore, lambda: host.run_script(host.plan.restore).returncode):
+        assert host.prepare() == 1
+        assert restore() == 0
+        assert host.state() == before
+
+
 def find_runs(ops: tuple[Op, ...], number: int) -> tuple[tuple[Op, ...], int]:
     """The first ``number`` operations that change something; what follows is cut off."""
     kept: list[Op] = []
