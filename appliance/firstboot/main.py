@@ -111,9 +111,7 @@ def run_firstboot(places: Places, doors: Doors | None = None) -> Plan:
 def read_kept(places: Places) -> tuple[Kept | None, tuple[Fault, ...]]:
     """What was accepted at an earlier boot. Damage is a fault only where nothing else is offered."""
     try:
-        with open(places.kept, "rb") as opened:
-            data = opened.read(KEPT_LIMIT)
-        return parse_kept(data), ()
+        return parse_kept(door.read_regular(places.kept, KEPT_LIMIT)), ()
     except FileNotFoundError:
         return None, ()
     except (OSError, ValueError) as fault:
@@ -150,7 +148,7 @@ def _find_own_paths(places: Places) -> tuple[Path, Path]:
 def read_own_pair(places: Places, name: str, address: str | None, now: float) -> Pair | None:
     """The appliance's own certificate of an earlier boot; None where there is none that fits."""
     try:
-        pair = Pair(*(path.read_text() for path in _find_own_paths(places)))
+        pair = Pair(*(door.read_regular(path).decode() for path in _find_own_paths(places)))
         if certificates.is_usable(pair, name, address, now):
             return pair
     except FileNotFoundError:

@@ -84,7 +84,7 @@ def build_plan(
     ``domain`` and ``seed`` are put where libvirt is then told of them.
     """
     mark = _look_mark(spec)
-    ours = f"{spec.name}/{build_digest(spec)}"
+    ours = f"{spec.name}/{build_digest(spec, pki.ca.certificate if pki else '')}"
     files = _build_files(spec, pki, mark, ours)
     return HostPlan(
         _build_title(spec),
@@ -93,8 +93,9 @@ def build_plan(
             When(mark, ours, otherwise=(
                 When(mark, "", otherwise=(
                     Refuse(
-                        f"bridge {spec.bridge} is prepared already, by another plan",
-                        "`hairpin host restore` with the plan of then, then prepare it anew",
+                        f"bridge {spec.bridge} is prepared already, by another plan or with other keys",
+                        "name the folder of then by --keys; or `hairpin host restore` with the plan of then, and "
+                        "prepare it anew",
                     ),
                 )),
                 *_build_demands(spec, ports, pki),

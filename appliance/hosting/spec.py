@@ -241,9 +241,13 @@ def _bracket(address: str) -> str:
     return f"[{parsed}]" if parsed.version == 6 else str(parsed)
 
 
-def build_digest(spec: HostSpec) -> str:
-    """Tells one spec from another; what the VM is like does not matter to the switch. Its name does: by it
-    files are called, of which those of an earlier one would stay."""
+def build_digest(spec: HostSpec, authority: str = "") -> str:
+    """Tells one plan from another. What the VM is like does not matter to the switch, but its name does: by it
+    files are called, of which those of an earlier one would stay.
+
+    ``authority``: the CA's certificate, so that keys of another folder don't silently take the place of those that
+    the appliance knows.
+    """
     shown: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude={"vm"})
-    shown["vm"] = spec.vm.name
+    shown |= {"vm": spec.vm.name, "authority": authority.strip()}
     return hashlib.sha256(repr(sorted(shown.items())).encode()).hexdigest()[:12]

@@ -288,6 +288,19 @@ def test_another_plan_on_a_prepared_bridge_is_refused(
     assert "hairpin" not in json.dumps(host.dump())
 
 
+def test_keys_of_another_folder_cut_no_appliance_off(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when it is run again in another directory: the folder has the host's name only."""
+    assert host.prepare() == 0
+    before = host.state()
+    host.keys = host.switch.directory / "other"
+    assert host.prepare() == 1
+    assert "with other keys" in capsys.readouterr().err
+    assert host.run_script(host.plan.prepare).returncode == 1
+    assert host.state() == before
+
+
 def test_a_listener_that_does_not_come_up_is_told(
     host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,6 +214,31 @@ def test_our_own_certificate_is_made_once(machine: Machine) -> None:
     assert pem.read_text().startswith("-----BEGIN")
 
 
+@pytest.mark.parametrize("name", ["accepted.json", "api.pem", "api.key"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "directory"])
+def test_what_is_kept_is_read_from_plain_files_only(machine: Machine, name: str, kind: str) -> None:
+    """/var is not signed: what was put there must not hold up the boot, nor divert what is written."""
+    machine.boot(offer(build_seed()))
+    path = machine.places.kept_dir / name
+    path.unlink()
+    victim = machine.root / "victim"
+    victim.write_text("as it was")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(victim)
+    else:
+        path.mkdir()
+    if name == "accepted.json":
+        assert "(seed)" in machine.refuse(Offered({}))
+    elif kind == "directory":
+        assert "(first boot)" in machine.refuse()
+    else:
+        machine.boot()
+    assert victim.read_text() == "as it was"
+    assert (SETTINGS in find_active(machine)) != (FAULTS in find_active(machine))
+
+
 def test_a_refused_seed_does_not_cost_our_own_certificate(machine: Machine) -> None:
     first = machine.boot(offer(build_seed())).fingerprint
     before = machine.list_files()

@@ -121,6 +121,9 @@ def test_the_digest_is_of_what_the_switch_is_told() -> None:
     assert digest != build_digest(parse_spec(change(bfdMilliseconds=100)))
     vm = {**yaml.safe_load(SPEC)["vm"], "memoryMiB": 8192}
     assert digest == build_digest(parse_spec(change(vm=vm)))
+    # With other keys the appliance would be cut off.
+    assert len({build_digest(parse_spec(SPEC), ca) for ca in ("", "one CA", "another")}) == 3
+    assert build_digest(parse_spec(SPEC)) == digest
     # By its name files are called, of which those of an earlier one would stay.
     assert digest != build_digest(parse_spec(change(vm={**vm, "name": "other"})))
 
