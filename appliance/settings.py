@@ -404,6 +404,16 @@ class Settings(Document):
         _check_once("name", (one.name for one in export))
         return export
 
+    @model_validator(mode="after")
+    def _canary_is_no_leg(self) -> Settings:
+        legs = [leg for lane in self.lanes for leg in (lane.leg_a, lane.leg_b, lane.leg_c) if leg]
+        if self.canary.interface is not None:
+            if self.canary.interface in (leg.interface for leg in legs):
+                raise ValueError(f"canary.interface {self.canary.interface} is a leg's")
+            if self.canary.device in (leg.device for leg in legs):
+                raise ValueError(f"canary.device {self.canary.device} is a leg's")
+        return self
+
     # Where things are, relative to the two directories: declared here and nowhere else.
 
     @property

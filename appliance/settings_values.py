@@ -23,7 +23,8 @@ def _check_connection(value: str) -> str:
     Plain TCP is taken from this machine only: nothing proves who is at the other end.
     """
     method, _, rest = value.partition(":")
-    if method == "unix" and re.fullmatch(r"/\S+", rest):
+    # A comma begins another connection: OVSDB's clients take a list, and try each in turn.
+    if method == "unix" and re.fullmatch(r"/[^\s,]+", rest):
         return value
     if method not in ("ssl", "tcp"):
         raise ValueError("must be unix:/PATH, ssl:ADDRESS:PORT, or tcp: to loopback")

@@ -62,7 +62,9 @@ def parse_text(text: str) -> list[object]:
     text = text.removeprefix("\ufeff")
     if text.lstrip()[:1] == "{":
         try:
-            return [json.loads(text, object_pairs_hook=build_mapping)]
+            document = json.loads(text, object_pairs_hook=build_mapping)
+            _check_depth(document)
+            return [document]
         except RecursionError as fault:
             raise _refuse_depth("(text)") from fault
         except ValueError:
@@ -94,6 +96,19 @@ def _find_place(mark: Any) -> str:
 
 def _refuse_depth(place: str) -> WrongInput:
     return WrongInput([FieldError(place, f"nested deeper than {MAX_DEPTH} levels")])
+
+
+def _check_depth(value: object) -> None:
+    """JSON's reader has no bound of its own, and who walks the document is bounded by the stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[object] = []
+        for one in level:
+            inner += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        if not inner:
+            return
+        level = inner
+    raise _refuse_depth("(text)")
 
 
 def _build_documents(text: str) -> list[object]:

@@ -60,9 +60,11 @@ def prepare(
     from appliance.hosting.keeping import find_folder, keep
     from appliance.hosting.plan import build_plan
     from appliance.hosting.spec import build_ports
-    from appliance.hosting.vm import render_domain, render_seed
+    from appliance.hosting.vm import check_seed, render_domain, render_seed
 
     host = _read_spec(spec)
+    # With a secret and a token that stand for those to come: nothing is issued for what can't be used.
+    check_seed(host, build_ports(host, bytes(32)), "x" * 32)
     folder = find_folder(host, keys)
     kept = keep(host, folder, time.time(), renewed=renew)
     ports = build_ports(host, kept.secret)

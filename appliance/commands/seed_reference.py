@@ -98,7 +98,7 @@ their MAC addresses, and those that the seed does not name get no address and st
 ## What happens
 
 {boots}
-With a fault neither settings nor keys are written and no process of the product starts. The switch does what
+With a fault neither settings nor the seed's keys are left in place and no process of the product starts. The switch does what
 each policy's `onFailure` says, since no engine answers BFD. The way back to an earlier state is an earlier
 seed. `hairpin firstboot` ends with status 2, and what is wrong is shown, each fault with its path, its reason
 and how to mend it:

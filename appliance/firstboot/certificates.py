@@ -9,11 +9,13 @@ import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Literal, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from appliance.firstboot.faults import Fault
@@ -21,6 +23,12 @@ from appliance.firstboot.faults import Fault
 RSA_BITS = 2048
 OWN_DAYS = 3650
 RENEW_DAYS = 30
+Purpose = Literal["server", "client"]
+_PURPOSES = {
+    "server": ExtendedKeyUsageOID.SERVER_AUTH,
+    "client": ExtendedKeyUsageOID.CLIENT_AUTH,
+}
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +47,11 @@ class Verdict:
     dated: tuple[Fault, ...] = ()
 
 
-def judge_pair(path: str, pair: Pair, now: float) -> Verdict:
+def judge_pair(path: str, pair: Pair, now: float, purpose: Purpose) -> Verdict:
     """Of the certificate and key at `PATH.certificate` and `PATH.key` of the seed."""
     certificates, faults = _load(f"{path}.certificate", pair.certificate)
+    if certificates:
+        faults += _find_purpose(f"{path}.certificate", certificates[0], purpose)
     key_path = f"{path}.key"
     public = None
     try:
@@ -61,6 +71,7 @@ def judge_pair(path: str, pair: Pair, now: float) -> Verdict:
 def judge_authority(path: str, text: str, now: float) -> Verdict:
     """Of the authorities' certificates at ``path``."""
     certificates, faults = _load(path, text)
+    faults += [fault for one in certificates for fault in _find_no_authority(path, one)]
     return Verdict(tuple(faults), tuple(_find_dates(path, certificates, now)))
 
 
@@ -68,6 +79,8 @@ def _load(path: str, text: str) -> tuple[list[x509.Certificate], list[Fault]]:
     try:
         certificates = x509.load_pem_x509_certificates(text.encode())
         faults = [fault for one in certificates for fault in _find_weakness(path, one)]
+        for one in certificates:
+            _ = one.extensions  # read here, where a certificate that can't be read is told as one
     except (ValueError, UnsupportedAlgorithm):
         return [], [Fault(path, "no certificate in PEM", "give it as -----BEGIN CERTIFICATE-----")]
     return certificates, faults
@@ -84,6 +97,50 @@ def _find_weakness(path: str, certificate: x509.Certificate) -> Iterator[Fault]:
         yield Fault(
             path, f"signed with {used.name}, which is too weak", "have it signed with SHA-256"
         )
+
+
+def _find_purpose(path: str, certificate: x509.Certificate, purpose: Purpose) -> Iterator[Fault]:
+    """The other end would refuse it, and only the other end would know why."""
+    usages = _find_extension(certificate, x509.ExtendedKeyUsage)
+    if usages is None or {_PURPOSES[purpose], ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & {
+        *usages
+    }:
+        return
+    yield Fault(path, f"not for a {purpose}: its extended key usage is another", "give one that is")
+
+
+def _find_no_authority(path: str, certificate: x509.Certificate) -> Iterator[Fault]:
+    """One that signs itself is taken: a peer's own certificate may be trusted by itself."""
+    found = _find_extension(certificate, x509.BasicConstraints)
+    if (found is None or not found.ca) and certificate.subject != certificate.issuer:
+        yield Fault(path, "a certificate of no authority", "give that of the one that signed it")
+
+
+def _find_extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def rewrite_certificates(text: str) -> str:
+    """The certificates alone, as OpenSSL reads them: it takes no indented PEM, and a private key that stands
+    beside them must not get into a file that others read. Raises ValueError."""
+    found = x509.load_pem_x509_certificates(text.encode())
+    return "".join(one.public_bytes(serialization.Encoding.PEM).decode() for one in found)
+
+
+def rewrite_key(text: str) -> str:
+    """The private key alone, as OpenSSL reads it. Raises ValueError."""
+    return _render_key(serialization.load_pem_private_key(text.encode(), password=None))
+
+
+def _render_key(private: PrivateKeyTypes) -> str:
+    return private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    ).decode()
 
 
 def _find_dates(path: str, certificates: list[x509.Certificate], now: float) -> Iterator[Fault]:
@@ -118,7 +175,7 @@ def find_fingerprint(certificate: str) -> str:
 
 def is_usable(pair: Pair, name: str, address: str | None, now: float) -> bool:
     """Whether our own certificate of an earlier boot is for this name and address and lasts a while."""
-    verdict = judge_pair("api", pair, now + RENEW_DAYS * 86400.0)
+    verdict = judge_pair("api", pair, now + RENEW_DAYS * 86400.0, "server")
     if verdict.faults or verdict.dated:
         return False
     found = x509.load_pem_x509_certificates(pair.certificate.encode())[0]
@@ -148,12 +205,7 @@ def make_pair(name: str, address: str | None, now: float) -> Pair:
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(private, hashes.SHA256())
     )
-    key = private.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    return Pair(made.public_bytes(serialization.Encoding.PEM).decode(), key.decode())
+    return Pair(made.public_bytes(serialization.Encoding.PEM).decode(), _render_key(private))
 
 
 def _build_names(name: str, address: str | None) -> list[x509.GeneralName]:

@@ -19,6 +19,9 @@ from steering.model import Profile
 
 PEM_LIMIT = 64 * 1024
 DEFAULT_PORT = 8470
+_THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
+TOKEN_LENGTH = 32
+"""Characters that a token has at least: longer text is never shown, wherever it stands."""
 
 
 def _normalise_mac(text: str) -> str:
@@ -46,6 +49,7 @@ Mac = Annotated[
     Field(pattern=r"^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$"),
     AfterValidator(_normalise_mac),
 ]
+ApiPort = Annotated[int, Field(ge=1024, le=65535)]
 Pem = Annotated[str, Field(max_length=PEM_LIMIT), AfterValidator(_check_pem)]
 RemoteConnection = Annotated[
     str,
@@ -92,13 +96,17 @@ class ManagementSeed(Document):
             found = ipaddress.ip_interface(value)
         except ValueError as fault:
             raise ValueError("not an IP address with its prefix length") from fault
+        if getattr(found, "scope_id", None) or getattr(found.ip, "ipv4_mapped", None):
+            # What follows a `%` may be any text, and would stand in networkd's file.
+            raise ValueError("not an address that a host can be reached by")
         network = found.network
         ends = network.prefixlen < network.max_prefixlen - 1 and found.ip in (
             network.network_address,
             *([network.broadcast_address] if found.version == 4 else []),
         )
         odd = found.is_multicast or found.is_loopback or found.is_unspecified or ends
-        if odd or found.is_link_local:
+        nobodys = found.version == 4 and (found.is_reserved or found.ip in _THIS_NETWORK)
+        if odd or nobodys or found.is_link_local or not network.prefixlen:
             raise ValueError("not an address that a host can be reached by")
         return str(found)
 
@@ -142,16 +150,14 @@ class ApiSeed(Document):
     """Who may manage the appliance, and how it proves who it is. It is served by HTTPS only."""
 
     token: str = Field(
-        pattern=r"^[A-Za-z0-9._~+/-]{32,512}=*$",
+        pattern=rf"^[A-Za-z0-9._~+/-]{{{TOKEN_LENGTH},512}}=*$",
         repr=False,
         description="The bearer token of the management API, 32 characters or more; or the credential "
         "`hairpin.token`.",
         examples=["(as `openssl rand -hex 32` prints it)"],
     )
-    port: int = Field(
+    port: ApiPort = Field(
         default=DEFAULT_PORT,
-        ge=1024,
-        le=65535,
         description="TCP port to listen on; not below 1024, since the service has no privilege.",
         examples=[DEFAULT_PORT],
     )

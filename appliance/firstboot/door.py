@@ -68,13 +68,13 @@ def read_credentials(directory: Path) -> tuple[Mapping[str, bytes], tuple[Fault,
     return found, tuple(faults)
 
 
-def read_regular(path: Path) -> bytes:
-    """A regular file, and no more than a byte above SEED_LIMIT of it. Raises OSError."""
+def read_regular(path: Path, limit: int = SEED_LIMIT) -> bytes:
+    """A regular file, and no more than a byte above ``limit`` of it. Raises OSError, and never waits."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     with open(handle, "rb") as opened:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(0, "no regular file")
-        return opened.read(SEED_LIMIT + 1)
+        return opened.read(limit + 1)
 
 
 def read_disk() -> tuple[Mapping[str, bytes] | None, tuple[Fault, ...]]:

@@ -5,6 +5,7 @@ No fault ever shows a secret: reasons name what was expected, never what stood t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from steering.errors import FieldError, HairpinError, WrongInput
 
 FAULTS_LIMIT = 200
 FILE_LIMIT = 2**20
+TEXT_LIMIT = 500
+_KEY = re.compile(r"[A-Za-z_(][A-Za-z0-9_()\[\]-]{0,30}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,12 @@ class FaultReport:
     faults: tuple[Fault, ...]
 
 
+def show_key(key: str) -> str:
+    """A key of the input as a path shows it. What is no short word stays out: where a colon was forgotten, a
+    key and its value are one."""
+    return key if _KEY.fullmatch(key) else "(a key)"
+
+
 _REPORT = TypeAdapter(FaultReport)
 
 
@@ -62,8 +71,15 @@ def render_report(report: FaultReport) -> str:
             *kept,
             Fault("(seed)", f"and {more} more faults", "mend those that are listed first"),
         )
+    kept = tuple(Fault(*(_cut(one) for one in (f.path, f.reason, f.mend))) for f in kept)
     cut = FaultReport(report.name, report.version, report.at, report.reachable, report.port, kept)
     return _REPORT.dump_json(cut, indent=1).decode() + "\n"
+
+
+def _cut(text: str) -> str:
+    """Whole and printable in any encoding: what is told must be readable, whatever the seed was."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}..."
 
 
 def read_report(path: Path) -> FaultReport | None:

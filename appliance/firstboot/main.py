@@ -85,7 +85,10 @@ def run_firstboot(places: Places, doors: Doors | None = None) -> Plan:
             faults = damaged or (NO_SEED,)
         if choice is None or reading is None or reading.document is None or faults:
             raise SeedRefused(faults)
-        plan = _plan(places, reading.document, choice, doors)
+        plan, fresh = _plan(places, reading.document, choice, doors)
+        if fresh is not None:
+            # Only now: a seed that is refused must not cost the certificate that clients know.
+            keep_own_pair(places, fresh)
         _put_in_force(places, plan, choice, kept, doors)
     except SeedRefused as refused:
         _tell(places, refused.told, reading, doors)
@@ -108,9 +111,7 @@ def run_firstboot(places: Places, doors: Doors | None = None) -> Plan:
 def read_kept(places: Places) -> tuple[Kept | None, tuple[Fault, ...]]:
     """What was accepted at an earlier boot. Damage is a fault only where nothing else is offered."""
     try:
-        with open(places.kept, "rb") as opened:
-            data = opened.read(KEPT_LIMIT)
-        return parse_kept(data), ()
+        return parse_kept(door.read_regular(places.kept, KEPT_LIMIT)), ()
     except FileNotFoundError:
         return None, ()
     except (OSError, ValueError) as fault:
@@ -119,32 +120,47 @@ def read_kept(places: Places) -> tuple[Kept | None, tuple[Fault, ...]]:
         return None, (Fault("(seed)", f"none is offered, and what was accepted: {fault}", mend),)
 
 
-def _plan(places: Places, seed: SeedDocument, choice: Choice, doors: Doors) -> Plan:
+def _plan(
+    places: Places, seed: SeedDocument, choice: Choice, doors: Doors
+) -> tuple[Plan, Pair | None]:
+    """With our own certificate, where it was made just now. Raises SeedRefused."""
     devices, faults = doors.wait_for_devices([mac for _, mac in find_macs(seed)])
     if faults:
         raise SeedRefused(faults)
     now = doors.clock()
-    own = None if seed.api.certificate else read_own_pair(places, seed, now)
+    own = fresh = None
+    if seed.api.certificate is None:
+        address = seed.management.address.partition("/")[0] if seed.management.address else None
+        own = read_own_pair(places, seed.name, address, now)
+        if own is None:
+            own = fresh = certificates.make_pair(seed.name, address, now)
     accepted = choice.origin != "new"
     plan = build_plan(seed, devices, own, now, accepted=accepted)
     if not isinstance(plan, Plan):
         raise SeedRefused(plan)
-    return plan
+    return plan, fresh
 
 
-def read_own_pair(places: Places, seed: SeedDocument, now: float) -> Pair:
-    """The appliance's own certificate: that of an earlier boot while it fits, else a new one. Raises HairpinError."""
-    address = seed.management.address.partition("/")[0] if seed.management.address else None
-    paths = (places.kept_dir / "api.pem", places.kept_dir / "api.key")
+def _find_own_paths(places: Places) -> tuple[Path, Path]:
+    return places.kept_dir / "api.pem", places.kept_dir / "api.key"
+
+
+def read_own_pair(places: Places, name: str, address: str | None, now: float) -> Pair | None:
+    """The appliance's own certificate of an earlier boot; None where there is none that fits."""
     try:
-        pair = Pair(*(path.read_text() for path in paths))
-        if certificates.is_usable(pair, seed.name, address, now):
+        pair = Pair(*(door.read_regular(path).decode() for path in _find_own_paths(places)))
+        if certificates.is_usable(pair, name, address, now):
             return pair
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as fault:
         log.warning("our own certificate is damaged, a new one is made", reason=str(fault))
-    pair = certificates.make_pair(seed.name, address, now)
+    return None
+
+
+def keep_own_pair(places: Places, pair: Pair) -> None:
+    """For the boots to come. Raises HairpinError."""
+    paths = _find_own_paths(places)
     try:
         _make_kept_dir(places)
         for path, text in zip(paths, (pair.certificate, pair.key), strict=True):
@@ -154,7 +170,6 @@ def read_own_pair(places: Places, seed: SeedDocument, now: float) -> Pair:
             f"the API's certificate can't be kept: {fault.strerror}", "check the disk of /var"
         ) from fault
     log.info("certificate made", fingerprint=certificates.find_fingerprint(pair.certificate))
-    return pair
 
 
 def _make_kept_dir(places: Places) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from appliance.firstboot.document import PEM_LIMIT
-from appliance.firstboot.faults import Fault
+from appliance.firstboot.faults import Fault, show_key
 from steering.documents import Decoded, parse_text
 from steering.errors import WrongInput
 
@@ -95,7 +95,7 @@ def read_offer(offered: Offered) -> tuple[Offer, tuple[Fault, ...]]:
             singles[name] = _decode_single(name, data, faults)
         elif name != SEED_CREDENTIAL:
             known = ", ".join((SEED_CREDENTIAL, *SINGLES))
-            faults.append(Fault(f"credential {name[:80]}", "unknown", f"known are: {known}"))
+            faults.append(Fault(f"credential {name[:31]}", "unknown", f"known are: {known}"))
     document: Mapping[str, object] | None = None
     if SEED_CREDENTIAL in offered.credentials:
         document = _decode(
@@ -239,7 +239,7 @@ def _read_disk(
     for key in [*data, *getattr(data, "duplicates", ())]:
         if key != "hairpin":
             mend = "leave it out: no cloud-init runs here, only `hairpin` is read"
-            faults.append(Fault(f"disk CIDATA, user-data, {key[:80]}", "is not done", mend))
+            faults.append(Fault(f"disk CIDATA, user-data, {show_key(key)}", "is not done", mend))
     seed = _unwrap("disk CIDATA, user-data", data, faults)
     if seed is None:
         return None
@@ -268,8 +268,11 @@ def _read_meta(data: bytes, faults: list[Fault]) -> Mapping[str, object]:
     if not data.strip():
         return {}
     meta = _decode("disk CIDATA, meta-data", data, faults)
+    for key in getattr(meta, "duplicates", ()):
+        where = f"disk CIDATA, meta-data, {show_key(key)}"
+        faults.append(Fault(where, "stands here more than once", "leave one"))
     for key in meta or ():
         if key not in META_KEYS:
             mend = f"leave it out; known are: {', '.join(META_KEYS)}"
-            faults.append(Fault(f"disk CIDATA, meta-data, {key[:80]}", "is not done", mend))
+            faults.append(Fault(f"disk CIDATA, meta-data, {show_key(key)}", "is not done", mend))
     return meta or {}

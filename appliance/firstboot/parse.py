@@ -10,15 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from appliance.firstboot.document import DEFAULT_PORT, SECRET, ManagementSeed, SeedDocument
-from appliance.firstboot.faults import Fault
+from appliance.firstboot.document import (
+    DEFAULT_PORT,
+    SECRET,
+    TOKEN_LENGTH,
+    ApiPort,
+    ManagementSeed,
+    SeedDocument,
+)
+from appliance.firstboot.faults import Fault, show_key
 from appliance.settings import find_repeated, render_path
+from appliance.settings_values import Name
 from steering.documents import show, suggest
 
 GUIDE = "docs/first-boot.md"
 DEFAULT_NAME = "hairpin"
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+_PORT: TypeAdapter[int] = TypeAdapter(ApiPort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,7 @@ class SeedReading:
 def read_seed(mapping: Mapping[str, object]) -> SeedReading:
     """The seed in a decoded mapping."""
     repeated = [
-        Fault(path, "stands here more than once", "leave one of them")
+        Fault(".".join(map(show_key, path.split("."))), "stands here more than once", "leave one")
         for path in find_repeated(mapping)
     ]
     document, faults = _validate(SeedDocument, mapping)
@@ -47,15 +57,25 @@ def read_seed(mapping: Mapping[str, object]) -> SeedReading:
     management = None
     if not any(path.startswith("management") for path in wrong):
         management, _ = _validate(ManagementSeed, mapping.get("management", {}))
-    name, api = mapping.get("name"), mapping.get("api")
-    port = api.get("port", DEFAULT_PORT) if isinstance(api, Mapping) else DEFAULT_PORT
+    api = mapping.get("api")
+    name = _read_field(_NAME, mapping.get("name"), DEFAULT_NAME)
+    port = api.get("port") if isinstance(api, Mapping) else None
     return SeedReading(
         document=None,
-        name=name if isinstance(name, str) and "name" not in wrong else DEFAULT_NAME,
+        # A token in the place of the name may look like one, and the name is shown to everybody.
+        name=name if len(name) < TOKEN_LENGTH else DEFAULT_NAME,
         management=management,
-        port=port if isinstance(port, int) and not {"api.port", "api"} & {*wrong} else DEFAULT_PORT,
+        port=_read_field(_PORT, port, DEFAULT_PORT),
         faults=faults,
     )
+
+
+def _read_field(field: TypeAdapter[Any], value: object, otherwise: Any) -> Any:
+    """A value of a document that is refused as a whole, by its own declaration."""
+    try:
+        return field.validate_python(value, strict=True)
+    except ValidationError:
+        return otherwise
 
 
 def _validate(model: type[Any], value: object) -> tuple[Any | None, tuple[Fault, ...]]:
@@ -85,12 +105,13 @@ def _find_causes(fault: ValidationError) -> list[Any]:
 
 
 def _build_fault(error: Any) -> Fault:
-    path = render_path(error["loc"]).replace("(file)", "(seed)")
+    loc = [show_key(part) if isinstance(part, str) else part for part in error["loc"]]
+    path = render_path(loc).replace("(file)", "(seed)")
     return Fault(path, _render_reason(path, error), _find_mend(error["loc"], error["type"]))
 
 
 def _render_reason(path: str, error: Any) -> str:
-    found = "" if SECRET.search(path) else f", not {show(error['input'])}"
+    found = "" if SECRET.search(path) else f", not {_show_value(error['input'])}"
     match error["type"]:
         case "extra_forbidden":
             return "unknown key"
@@ -99,7 +120,9 @@ def _render_reason(path: str, error: Any) -> str:
         case "json_invalid":
             return "is not Unicode text throughout"
         case "model_type" | "dict_type":
-            return f"must be a mapping{found}"
+            # Text in a mapping's place is one that lacks a colon, or a key in the wrong one.
+            what = "text" if isinstance(error["input"], str) else show(error["input"])
+            return f"must be a mapping, not {what}"
         case "tuple_type" | "list_type":
             return f"must be a list{found}"
         case "string_type":
@@ -108,6 +131,13 @@ def _render_reason(path: str, error: Any) -> str:
         case "string_pattern_mismatch":
             return f"must be of the form {error['ctx']['pattern']}{found}"
     return str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _show_value(value: object) -> str:
+    """Short text only: what is as long as a token may be one, in the wrong place."""
+    if isinstance(value, str) and len(value) >= TOKEN_LENGTH:
+        return f"text of {len(value)} characters"
+    return show(value)
 
 
 def _find_mend(loc: tuple[str | int, ...], kind: str) -> str:

@@ -21,6 +21,8 @@ from appliance.firstboot.certificates import (
     find_fingerprint,
     judge_authority,
     judge_pair,
+    rewrite_certificates,
+    rewrite_key,
 )
 from appliance.firstboot.document import (
     DeviceSeed,
@@ -173,28 +175,28 @@ def _build_network(seed: SeedDocument, found: Mapping[str, Device]) -> Iterator[
 def _judge_certificates(seed: SeedDocument, now: float) -> Iterator[Verdict]:
     switch = seed.switch
     if seed.api.certificate is not None and seed.api.key is not None:
-        yield judge_pair("api", Pair(seed.api.certificate, seed.api.key), now)
+        yield judge_pair("api", Pair(seed.api.certificate, seed.api.key), now, "server")
     yield judge_authority("switch.ca", switch.ca, now)
-    yield judge_pair("switch", Pair(switch.certificate, switch.key), now)
+    yield judge_pair("switch", Pair(switch.certificate, switch.key), now, "client")
     for number, one in enumerate(seed.export):
         if one.ca is not None:
             yield judge_authority(f"export[{number}].ca", one.ca, now)
         if one.certificate is not None and one.key is not None:
-            yield judge_pair(f"export[{number}]", Pair(one.certificate, one.key), now)
+            yield judge_pair(f"export[{number}]", Pair(one.certificate, one.key), now, "client")
 
 
 def _build_credentials(seed: SeedDocument, api: Pair) -> Iterator[PlannedFile]:
     yield _public("api.pem", api.certificate)
-    yield _secret(f"{CONFIG_DIR}/api.key", api.key)
+    yield _key("api.key", api.key)
     yield _public("switch-ca.pem", seed.switch.ca)
     yield _public("switch.pem", seed.switch.certificate)
-    yield _secret(f"{CONFIG_DIR}/switch.key", seed.switch.key)
+    yield _key("switch.key", seed.switch.key)
     for one in seed.export:
         if one.ca is not None:
             yield _public(f"export-{one.name}-ca.pem", one.ca)
         if one.certificate is not None and one.key is not None:
             yield _public(f"export-{one.name}.pem", one.certificate)
-            yield _secret(f"{CONFIG_DIR}/export-{one.name}.key", one.key)
+            yield _key(f"export-{one.name}.key", one.key)
     yield _secret(f"{STATE_DIR}/token", seed.api.token)
     yield PlannedFile(f"{CONFIG_DIR}/client.json", _render_client(seed), 0o600)
 
@@ -211,7 +213,11 @@ def _render_client(seed: SeedDocument) -> str:
 
 
 def _public(name: str, text: str) -> PlannedFile:
-    return PlannedFile(f"{CONFIG_DIR}/{name}", text.rstrip("\n") + "\n")
+    return PlannedFile(f"{CONFIG_DIR}/{name}", rewrite_certificates(text))
+
+
+def _key(name: str, text: str) -> PlannedFile:
+    return _secret(f"{CONFIG_DIR}/{name}", rewrite_key(text))
 
 
 def _secret(path: str, text: str) -> PlannedFile:

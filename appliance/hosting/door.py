@@ -27,6 +27,7 @@ from steering.errors import HairpinError
 from steering.run import run
 
 SECONDS = 30.0
+LINE_LIMIT = 4096
 
 
 def carry_out(ops: Iterable[Op], say: Callable[[str], None]) -> tuple[str, ...]:
@@ -60,8 +61,8 @@ def _do(ops: Iterable[Op], say: Callable[[str], None], done: list[str]) -> None:
                 _make_folder(Path(path), like)
             case Put():
                 _put(op, done)
-            case Drop(paths, folder):
-                _drop(paths, Path(folder), done)
+            case Drop(paths, folder, sign):
+                _drop(paths, Path(folder), sign, done)
 
 
 def _run(argv: tuple[str, ...], done: list[str]) -> None:
@@ -94,10 +95,12 @@ def _give(path: Path, like: str, group: str) -> None:
 
 def _make_folder(path: Path, like: str) -> None:
     try:
-        if not path.is_dir():
-            path.mkdir(0o755, parents=True)
-            path.chmod(0o755)
-        _give(path, like, "")
+        missing = [one for one in (path, *path.parents) if not one.is_dir()]
+        for one in reversed(missing):
+            one.mkdir()
+            one.chmod(0o755)
+        if missing:
+            _give(path, like, "")
     except OSError as fault:
         raise HairpinError(f"{path}: {fault.strerror}", "run it as root") from fault
 
@@ -106,7 +109,7 @@ def _put(put: Put, done: list[str]) -> None:
     path, temporary = Path(put.path), Path(f"{put.path}.new")
     text = put.text.rstrip("\n") + "\n"
     try:
-        if path.exists() and path.read_text() != text:
+        if path.exists() and path.read_bytes() != text.encode():
             if put.ours is None or _look(put.ours) != put.equals:
                 raise HairpinError(find_taken_reason(put), TAKEN_MEND)
         elif path.exists():
@@ -128,13 +131,21 @@ def _put(put: Put, done: list[str]) -> None:
     done.append(f"wrote {put.path}")
 
 
-def _drop(paths: tuple[str, ...], folder: Path, done: list[str]) -> None:
+def _drop(paths: tuple[str, ...], folder: Path, sign: str, done: list[str]) -> None:
     try:
-        for path in paths:
-            if Path(path).exists():
-                Path(path).unlink()
+        for path in map(Path, paths):
+            beside = Path(f"{path}.new")
+            if path.is_file() and _is_signed(path, sign):
+                path.unlink()
                 done.append(f"removed {path}")
+            if beside.is_file() and (not beside.stat().st_size or _is_signed(beside, sign)):
+                beside.unlink()
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     except OSError as fault:
         raise HairpinError(f"{fault.filename}: {fault.strerror}", "run it as root") from fault
+
+
+def _is_signed(path: Path, sign: str) -> bool:
+    with path.open("rb") as file:
+        return sign.encode() in file.readline(LINE_LIMIT)

@@ -40,6 +40,11 @@ def keep(spec: HostSpec, folder: Path, now: float, *, renewed: bool = False) -> 
     """Read what is there, issue what is not. Raises HairpinError for what is of no use (any more)."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.geteuid():
+            raise HairpinError(
+                f"{folder} is another user's, who could read the private keys in it",
+                "name a folder of your own by --keys",
+            )
         if folder.stat().st_mode & 0o077:
             raise HairpinError(
                 f"others may look into {folder}, where private keys are kept",

@@ -95,7 +95,8 @@ def find_taken_reason(put: Put) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder that only its owner (that of ``like``) and others by name get into; what is there stays."""
+    """A folder, with those above it, that all may look into; its owner is that of ``like``. One that is there
+    stays as it is: it may be anybody's."""
 
     path: str
     like: str = ""
@@ -103,10 +104,12 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Remove files, and then their folder if it is empty. What is not there is no fault."""
+    """Remove files whose first line has ``sign`` (others of that name are not ours), what a `Put` that was
+    broken off left beside them, and then their folder if it is empty. What is not there is no fault."""
 
     paths: tuple[str, ...]
     folder: str
+    sign: str
 
 
 Op = Say | Run | Each | Refuse | When | Await | Put | Folder | Drop

@@ -81,6 +81,9 @@ def renew(
         ) from fault
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise HairpinError("the CA's key is not one of Hairpin's", "begin anew in an empty folder")
+    if signer.public_key() != root.public_key():
+        # What it signed would be refused by both ends, and would be written over what is in use.
+        raise HairpinError("the CA's key is not that of its certificate", "put the right one back")
     at = datetime.fromtimestamp(now, UTC)
     if root.not_valid_after_utc <= at + timedelta(days=LEAF_DAYS):
         raise HairpinError(

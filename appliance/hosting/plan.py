@@ -52,10 +52,10 @@ _FOREIGN = (
     "{print; exit}"
 )
 _NOT_PLAIN = "/actions=/ && $0 !~ /^ *priority=0 actions=NORMAL *$/ {print; exit}"
-_OUR_GROUPS = (
-    "match($0, /group_id=[0-9]+/) {id = substr($0, RSTART + 9, RLENGTH - 9) + 0; "
-    f"if (id >= {GROUP_PREFIX} && id <= {GROUP_PREFIX | ~GROUP_MASK & 0xFFFF_FFFF}) print id}}"
-)
+_EACH_GROUP = "match($0, /group_id=[0-9]+/) {id = substr($0, RSTART + 9, RLENGTH - 9) + 0; "
+_IS_OURS = f"id >= {GROUP_PREFIX} && id <= {GROUP_PREFIX | ~GROUP_MASK & 0xFFFF_FFFF}"
+_OUR_GROUPS = f"{_EACH_GROUP}if ({_IS_OURS}) print id}}"
+_FOREIGN_GROUPS = f"{_EACH_GROUP}if (!({_IS_OURS})) {{print; exit}}}}"
 
 
 def build_restore_plan(spec: HostSpec) -> HostPlan:
@@ -65,6 +65,11 @@ def build_restore_plan(spec: HostSpec) -> HostPlan:
 
 def _build_title(spec: HostSpec) -> str:
     return f"Hairpin on {spec.name}, bridge {spec.bridge}"
+
+
+def _build_sign(spec: HostSpec) -> str:
+    """In the first line of each file, so that none of others is taken for one of ours."""
+    return f"[{MARK} {spec.name}]"
 
 
 def _look_mark(spec: HostSpec) -> Look:
@@ -79,7 +84,7 @@ def build_plan(
     ``domain`` and ``seed`` are put where libvirt is then told of them.
     """
     mark = _look_mark(spec)
-    ours = f"{spec.name}/{build_digest(spec)}"
+    ours = f"{spec.name}/{build_digest(spec, pki.ca.certificate if pki else '')}"
     files = _build_files(spec, pki, mark, ours)
     return HostPlan(
         _build_title(spec),
@@ -88,8 +93,9 @@ def build_plan(
             When(mark, ours, otherwise=(
                 When(mark, "", otherwise=(
                     Refuse(
-                        f"bridge {spec.bridge} is prepared already, by another plan",
-                        "`hairpin host restore` with the plan of then, then prepare it anew",
+                        f"bridge {spec.bridge} is prepared already, by another plan or with other keys",
+                        "name the folder of then by --keys; or `hairpin host restore` with the plan of then, and "
+                        "prepare it anew",
                     ),
                 )),
                 *_build_demands(spec, ports, pki),
@@ -223,7 +229,8 @@ def _build_demands(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None) ->
 def _build_files(spec: HostSpec, pki: Pki | None, mark: Look, ours: str) -> tuple[Op, ...]:
     if pki is None:
         return ()
-    texts = (pki.ca.certificate, pki.host.certificate, pki.host.key)
+    issued = (pki.ca.certificate, pki.host.certificate, pki.host.key)
+    texts = (f"# {_build_sign(spec)}\n{text}" for text in issued)  # OpenSSL reads from BEGIN on
     return (
         Folder(spec.directory, spec.ovs_database),
         *(
@@ -371,14 +378,15 @@ def _build_vm_files(
 
     return (
         Folder(spec.vm_directory),
-        put(seed_path(spec), seed, spec.vm.qemu_group),
-        put(domain_path(spec), domain),
+        put(seed_path(spec), f"# {_build_sign(spec)}\n{seed}", spec.vm.qemu_group),
+        put(domain_path(spec), f"<!-- {_build_sign(spec)} -->\n{domain}"),
     )
 
 
 def _build_restore(spec: HostSpec, mark: Look) -> tuple[Op, ...]:
     bridge = spec.bridge
     former = _look_former(spec)
+    sign = _build_sign(spec)
     owner = Look(mark.argv, '{sub(/^"/, ""); sub(/\\/.*/, ""); print}')
 
     def find(table: str, column: str = "_uuid") -> Look:
@@ -402,6 +410,11 @@ def _build_restore(spec: HostSpec, mark: Look) -> tuple[Op, ...]:
             _refuse_if_any(
                 Look((*OFCTL, "--no-stats", "dump-flows", bridge), _FOREIGN),
                 f"bridge {bridge} has flows of others by now, which would be lost with the fail mode",
+                "keep them, delete them, and add them again afterwards",
+            ),
+            _refuse_if_any(
+                Look((*OFCTL, "dump-groups", bridge), _FOREIGN_GROUPS),
+                f"bridge {bridge} has groups of others by now, which would be lost with the fail mode",
                 "keep them, delete them, and add them again afterwards",
             ),
             _add_base(spec),
@@ -435,9 +448,9 @@ def _build_restore(spec: HostSpec, mark: Look) -> tuple[Op, ...]:
             *back,
         )),
         *(
-            (Drop(tuple(f"{spec.directory}/{one}" for one in FILES), spec.directory),)
+            (Drop(tuple(f"{spec.directory}/{one}" for one in FILES), spec.directory, sign),)
             if spec.tls == "issue"
             else ()
         ),
-        Drop((seed_path(spec), domain_path(spec)), spec.vm_directory),
+        Drop((seed_path(spec), domain_path(spec)), spec.vm_directory, sign),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from appliance.hosting.ops import (
     When,
     find_taken_reason,
 )
+from steering.errors import HairpinError
 
 END = "END-OF-HAIRPIN-FILE"
 _HEAD = """\
@@ -31,6 +32,8 @@ umask 077
 refuse() {{ printf 'refused: %s; %s\\n' "$1" "$2" >&2; exit 1; }}
 # look AWK COMMAND...: what it prints, through awk, without quotes. If it fails, so does the script.
 look() {{ by=$1; shift; said=$("$@") || return 1; printf '%s\\n' "$said" | awk "$by" | tr -d '"'; }}
+# drop FILE SIGN: remove it if its first line has the sign; another one is not ours.
+drop() {{ [ ! -f "$1" ] || case "$(head -n 1 "$1")" in *"$2"*) rm -f "$1";; esac; }}
 """
 
 
@@ -79,13 +82,16 @@ def _render_op(op: Op, indent: str) -> Iterator[str]:
             yield f"{indent}done"
         case Folder(path, like):
             quoted = shlex.quote(path)
-            yield f"{indent}[ -d {quoted} ] || mkdir -p -m 0755 {quoted}"
-            if like:
-                yield f"{indent}chown --reference={shlex.quote(like)} {quoted}"
+            own = f" chown --reference={shlex.quote(like)} {quoted};" if like else ""
+            yield f"{indent}[ -d {quoted} ] || {{ (umask 022; mkdir -p {quoted});{own} }}"
         case Put():
             yield from _render_put(op, indent)
-        case Drop(paths, folder):
-            yield f"{indent}rm -f {shlex.join(paths)}"
+        case Drop(paths, folder, sign):
+            for one in paths:
+                path, beside = shlex.quote(one), shlex.quote(f"{one}.new")
+                yield f"{indent}drop {path} {shlex.quote(sign)}"
+                yield f"{indent}[ -s {beside} ] || rm -f {beside}"
+                yield f"{indent}drop {beside} {shlex.quote(sign)}"
             quoted = shlex.quote(folder)
             yield f"{indent}[ ! -d {quoted} ] || rmdir --ignore-fail-on-non-empty {quoted}"
 
@@ -107,7 +113,11 @@ def _render_when(
 def _render_put(put: Put, indent: str) -> Iterator[str]:
     """The text goes by a here-document, so that no private key is ever an argument of a process."""
     path, temporary = shlex.quote(put.path), shlex.quote(f"{put.path}.new")
-    yield f"{indent}cat > {temporary} <<'{END}'"
+    if END in put.text:
+        raise HairpinError(f"a text for {put.path} can't stand in a script", "issue it anew")
+    # The folder may be another user's, who could put a link in the way: only a new file is written to.
+    yield f"{indent}rm -f {temporary}"
+    yield f"{indent}(set -C; cat > {temporary}) <<'{END}'"
     yield put.text.rstrip("\n")
     yield END
     if put.ours is not None:
@@ -118,7 +128,7 @@ def _render_put(put: Put, indent: str) -> Iterator[str]:
     reason, mend = shlex.quote(find_taken_reason(put)), shlex.quote(TAKEN_MEND)
     yield f"{indent}{fine} || {{ rm -f {temporary}; refuse {reason} {mend}; }}"
     if put.like:
-        yield f"{indent}chown --reference={shlex.quote(put.like)} {temporary}"
+        yield f"{indent}chown -h --reference={shlex.quote(put.like)} {temporary}"
     if put.group:
         yield f"{indent}chgrp {shlex.quote(put.group)} {temporary}"
     yield f"{indent}chmod {put.mode:04o} {temporary}"

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from appliance.settings import build_faults
-from appliance.settings_values import PortNumber, Vlan
+from appliance.settings import build_faults, find_repeated
+from appliance.settings_values import Name, PortNumber, Vlan
 from steering.documents import parse_text
 from steering.errors import FieldError, WrongInput
 from steering.model import Profile
@@ -34,18 +35,29 @@ HostPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)+$", m
 
 def _check_address(value: str) -> str:
     address = ip_address(value)
-    if address.is_unspecified or address.is_multicast:
-        raise ValueError("one address of the host, which the appliance connects to")
+    # A zone (`%`) may be any text, and what is made from this goes into scripts.
+    odd = getattr(address, "scope_id", None) or getattr(address, "ipv4_mapped", None)
+    if odd or address.is_unspecified or address.is_multicast or address == _BROADCAST:
+        raise ValueError("one address of a host, without a zone")
     return str(address)
 
 
+def _check_host_address(value: str) -> str:
+    value = _check_address(value)
+    if value.startswith("fe80:"):
+        raise ValueError("a link-local address: the appliance can't connect to it")
+    return value
+
+
 def _check_interface(value: str) -> str:
-    if "/" not in value:
+    if "/" not in value or "%" in value:
         raise ValueError("must be ADDRESS/PREFIX")
     return str(ip_interface(value))
 
 
+_BROADCAST = IPv4Address("255.255.255.255")
 Address = Annotated[str, AfterValidator(_check_address)]
+HostAddress = Annotated[str, AfterValidator(_check_host_address)]
 
 
 class Part(BaseModel):
@@ -99,8 +111,8 @@ class HostSpec(Part):
 
     api_version: Literal["hairpin/v1"] = Field(default="hairpin/v1", alias="apiVersion")
     kind: Literal["Host"] = "Host"
-    name: Word
-    address: Address
+    name: Name
+    address: HostAddress
     names: tuple[Word, ...] = ()
     bridge: BridgeName = "br-int"
     ovsdb_port: PortNumber = Field(default=6640, alias="ovsdbPort")
@@ -154,10 +166,18 @@ def parse_spec(text: str) -> HostSpec:
     documents = parse_text(text)
     if len(documents) != 1:
         raise WrongInput([FieldError("(file)", f"{len(documents)} documents; one is read")])
+    faults = [
+        FieldError(path, "stands here more than once") for path in find_repeated(documents[0])
+    ]
     try:
-        return HostSpec.model_validate(documents[0], by_alias=True, by_name=False)
+        # As JSON, so that strictness is JSON's: lists for tuples and text for words, nothing else.
+        text = json.dumps(documents[0])
+        spec = HostSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError as fault:
-        raise WrongInput(build_faults(fault)) from fault
+        raise WrongInput([*faults, *build_faults(fault)]) from fault
+    if faults:
+        raise WrongInput(faults)
+    return spec
 
 
 def build_ports(spec: HostSpec, secret: bytes) -> tuple[LegPort, ...]:
@@ -221,7 +241,13 @@ def _bracket(address: str) -> str:
     return f"[{parsed}]" if parsed.version == 6 else str(parsed)
 
 
-def build_digest(spec: HostSpec) -> str:
-    """Tells one spec from another; what the VM is like does not matter to the switch."""
+def build_digest(spec: HostSpec, authority: str = "") -> str:
+    """Tells one plan from another. What the VM is like does not matter to the switch, but its name does: by it
+    files are called, of which those of an earlier one would stay.
+
+    ``authority``: the CA's certificate, so that keys of another folder don't silently take the place of those that
+    the appliance knows.
+    """
     shown: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude={"vm"})
+    shown |= {"vm": spec.vm.name, "authority": authority.strip()}
     return hashlib.sha256(repr(sorted(shown.items())).encode()).hexdigest()[:12]

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from appliance.firstboot.parse import read_seed
 from appliance.hosting.pki import Pki
 from appliance.hosting.spec import (
     CANARY_PORT,
@@ -23,6 +24,7 @@ from appliance.hosting.spec import (
     render_connection,
     seed_path,
 )
+from steering.errors import FieldError, WrongInput
 
 CREDENTIAL = "opt/io.systemd.credentials/hairpin.seed"
 
@@ -122,6 +124,28 @@ def build_seed(
             "canary": {"interface": canary.interface, "mac": canary.mac},
         }
     }
+
+
+def check_seed(spec: HostSpec, ports: Sequence[LegPort], token: str) -> None:
+    """Raises WrongInput for what the first boot would refuse: then, in the VM, is late to learn of it.
+
+    Certificates are not looked at: they are issued, or added by hand, later.
+    """
+    faults = read_seed(build_seed(spec, ports, None, token)["hairpin"]).faults
+    told = [
+        FieldError(_find_place(fault.path), f"the appliance would refuse it: {fault.reason}")
+        for fault in faults
+        if fault.path not in _LATER
+    ]
+    if told:
+        raise WrongInput(told)
+
+
+def _find_place(path: str) -> str:
+    return f"vm.{path}" if path.startswith("management") else path
+
+
+_LATER = ("switch.ca", "switch.certificate", "switch.key")
 
 
 def render_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None, token: str) -> str:

@@ -288,6 +288,19 @@ def test_another_plan_on_a_prepared_bridge_is_refused(
     assert "hairpin" not in json.dumps(host.dump())
 
 
+def test_keys_of_another_folder_cut_no_appliance_off(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when it is run again in another directory: the folder has the host's name only."""
+    assert host.prepare() == 0
+    before = host.state()
+    host.keys = host.switch.directory / "other"
+    assert host.prepare() == 1
+    assert "with other keys" in capsys.readouterr().err
+    assert host.run_script(host.plan.prepare).returncode == 1
+    assert host.state() == before
+
+
 def test_a_listener_that_does_not_come_up_is_told(
     host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,6 +339,32 @@ def test_restore_refuses_while_flows_of_others_would_be_lost(
         host.ofctl("del-flows", f"cookie={cookie}/-1,in_port=1")
     host.ofctl("add-flow", "cookie=0x4850010000000001,priority=7,in_port=1,actions=drop")
     assert host.restore() == 0
+
+
+def test_restore_refuses_while_groups_of_others_would_be_lost(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert host.prepare() == 0
+    host.ofctl("add-group", "group_id=7,type=all,bucket=output:1")
+    before = host.state()
+    assert host.restore() == 1
+    assert "groups of others" in capsys.readouterr().err
+    assert host.run_script(host.plan.restore).returncode == 1
+    assert host.state() == before
+    host.ofctl("del-groups", "group_id=7")
+    assert host.restore() == 0
+
+
+def test_restore_leaves_files_of_others(host: Host) -> None:
+    """As where `prepare` refused, since they were there."""
+    folder = host.switch.directory / "tls"
+    folder.mkdir(mode=0o750)
+    (folder / "host.key").write_text("somebody's key\n")
+    before = host.state()
+    for restore in (host.restore, lambda: host.run_script(host.plan.restore).returncode):
+        assert host.prepare() == 1
+        assert restore() == 0
+        assert host.state() == before
 
 
 def find_runs(ops: tuple[Op, ...], number: int) -> tuple[tuple[Op, ...], int]:

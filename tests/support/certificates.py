@@ -33,8 +33,9 @@ def issue(
     begins: datetime = NOW - timedelta(days=1),
     ends: datetime = NOW + timedelta(days=30),
     private: Any = None,
+    purpose: x509.ObjectIdentifier | None = None,
 ) -> Issued:
-    """A certificate; an authority's own where ``by`` is None."""
+    """A certificate; an authority's own where ``by`` is None. Without a ``purpose`` it is for any."""
     private = private or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     names: list[Any] = [x509.DNSName(name)]
@@ -59,6 +60,8 @@ def issue(
         builder = builder.add_extension(build_authority_usage(), critical=True)
     else:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    if purpose is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
     made = builder.sign(signer, hashes.SHA256())
     return Issued(
         made.public_bytes(serialization.Encoding.PEM).decode(),

@@ -214,6 +214,40 @@ def test_our_own_certificate_is_made_once(machine: Machine) -> None:
     assert pem.read_text().startswith("-----BEGIN")
 
 
+@pytest.mark.parametrize("name", ["accepted.json", "api.pem", "api.key"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "directory"])
+def test_what_is_kept_is_read_from_plain_files_only(machine: Machine, name: str, kind: str) -> None:
+    """/var is not signed: what was put there must not hold up the boot, nor divert what is written."""
+    machine.boot(offer(build_seed()))
+    path = machine.places.kept_dir / name
+    path.unlink()
+    victim = machine.root / "victim"
+    victim.write_text("as it was")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(victim)
+    else:
+        path.mkdir()
+    if name == "accepted.json":
+        assert "(seed)" in machine.refuse(Offered({}))
+    elif kind == "directory":
+        assert "(first boot)" in machine.refuse()
+    else:
+        machine.boot()
+    assert victim.read_text() == "as it was"
+    assert (SETTINGS in find_active(machine)) != (FAULTS in find_active(machine))
+
+
+def test_a_refused_seed_does_not_cost_our_own_certificate(machine: Machine) -> None:
+    first = machine.boot(offer(build_seed())).fingerprint
+    before = machine.list_files()
+    assert machine.refuse(offer(change("canary.mac", "52:54:00:99:99:99", change("name", "other"))))
+    assert machine.boot(offer(build_seed())).fingerprint == first
+    kept = "/var/lib/hairpin-firstboot/api.key"
+    assert machine.list_files()[kept] == before[kept]
+
+
 def test_run_again_in_the_same_boot_it_leaves_nothing_of_the_run_before(machine: Machine) -> None:
     receiver = {"name": "old", "host": "h", "ca": build_seed()["switch"]["ca"]}
     machine.boot(offer(change("export", [receiver])))
@@ -349,6 +383,9 @@ def test_the_report_of_faults_is_bounded_and_read_back(machine: Machine) -> None
     found = machine.read_report()
     assert len(found.faults) == 201
     assert found.faults[-1].reason == "and 300 more faults"
+    odd = Fault("k" * 10_000, "not \ud800", "mend it")
+    machine.places.faults.write_text(render_report(replace(report, faults=(odd,) * 200)))
+    assert "ud800" in machine.read_report().faults[0].reason
     assert read_report(machine.root / "absent") is None
     machine.places.faults.write_text("{")
     with pytest.raises(HairpinError, match=r"faults\.json can't be read"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import configparser
+import ssl
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from appliance.firstboot.certificates import (
     Pair,
@@ -26,8 +29,16 @@ from appliance.firstboot.plan import CONFIG_DIR, SETTINGS, Plan, build_plan
 from appliance.settings import parse_settings
 from steering.model import Profile
 from tests.support.certificates import NOW, issue, render_key
-from tests.support.seed import DEVICES, TOKEN, build_seed, change, find_authority
+from tests.support.seed import (
+    DEVICES,
+    TOKEN,
+    build_seed,
+    change,
+    find_authority,
+    find_switch_pair,
+)
 
+SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
 AT = NOW.timestamp()
 OWN = make_pair("rack-12", "192.0.2.10", AT)
 
@@ -231,6 +242,43 @@ def test_authorities_are_checked() -> None:
     assert "export[0].ca" in find_faults(change("export.0.ca", build_seed()["switch"]["key"]))
 
 
+@pytest.mark.parametrize(
+    ("section", "right", "wrong"),
+    [("api", SERVER, CLIENT), ("switch", CLIENT, SERVER), ("export.0", CLIENT, SERVER)],
+)
+def test_a_certificate_for_the_other_purpose_is_refused(
+    section: str, right: x509.ObjectIdentifier, wrong: x509.ObjectIdentifier
+) -> None:
+    def build(purpose: x509.ObjectIdentifier) -> dict[str, Any]:
+        one = issue("one", find_authority(), purpose=purpose)
+        return change(f"{section}.key", one.key, change(f"{section}.certificate", one.certificate))
+
+    assert isinstance(plan(build(right)), Plan)
+    path = f"{section.replace('.0', '[0]')}.certificate"
+    assert "extended key usage" in find_faults(build(wrong))[path]
+
+
+def test_a_certificate_of_no_authority_is_none_of_one() -> None:
+    leaf = issue("leaf", find_authority()).certificate
+    assert "no authority" in find_faults(change("switch.ca", leaf))["switch.ca"]
+
+
+def test_openssl_reads_what_is_written_and_a_key_stands_only_where_keys_do(tmp_path: Path) -> None:
+    """PEM that is indented is none for OpenSSL; a certificate's file often has its key in it, too."""
+    pair, ca = find_switch_pair(), find_authority().certificate
+    seed = change("switch.ca", "  " + ca.replace("\n", "\n  "))
+    seed = change("switch.certificate", pair.certificate.replace("\n", "") + pair.key, seed)
+    seed = change("switch.key", pair.certificate + pair.key, seed)
+    made = plan(seed)
+    assert isinstance(made, Plan)
+    for file in made.files:
+        if file.path.startswith("/run/hairpin-config/switch"):
+            (tmp_path / Path(file.path).name).write_text(file.text)
+            assert ("PRIVATE KEY" in file.text) == file.path.endswith(".key")
+    context = ssl.create_default_context(cafile=str(tmp_path / "switch-ca.pem"))
+    context.load_cert_chain(tmp_path / "switch.pem", tmp_path / "switch.key")
+
+
 def test_weak_keys_are_refused_before_openssl_refuses_them_at_work() -> None:
     private = rsa.generate_private_key(65537, 1024)  # noqa: S505 - weak on purpose
     key = private.private_bytes(
@@ -239,7 +287,7 @@ def test_weak_keys_are_refused_before_openssl_refuses_them_at_work() -> None:
         serialization.NoEncryption(),
     ).decode()
     weak = issue("weak", find_authority(), private=private)
-    verdict = judge_pair("api", Pair(weak.certificate, key), AT)
+    verdict = judge_pair("api", Pair(weak.certificate, key), AT, "server")
     assert [fault.reason for fault in verdict.faults] == ["an RSA key of 1024 bits is too weak"]
 
 

@@ -28,7 +28,7 @@ from appliance.firstboot.offer import (
 )
 from appliance.firstboot.parse import find_example, find_keys, read_seed
 from steering.documents import parse_text
-from tests.support.seed import TOKEN, build_seed, change, offer, with_disk
+from tests.support.seed import TOKEN, build_seed, change, find_switch_pair, offer, with_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = SeedDocument.model_json_schema(by_alias=True)
@@ -118,6 +118,13 @@ def test_the_example_is_taken_as_yaml_and_as_json() -> None:
         ("management.address", "192.0.2.255/24", "management.address", "not an address that a"),
         ("management.address", "127.0.0.1/8", "management.address", "not an address that a host"),
         ("management.address", "fe80::1/64", "management.address", "not an address that a host"),
+        *(
+            ("management.address", text, "management.address", "not an address that a host")
+            for text in (
+                "2001:db8::1%ens3/64", "2001:db8::1%x\nDHCP=yes/64", "::ffff:192.0.2.1/120",
+                "255.255.255.255/32", "240.0.0.1/24", "0.1.2.3/24", "192.0.2.10/0",
+            )
+        ),
         ("management.address", "0x7f.1/8", "management.address", "not an IP address"),
         ("management.gateway", "198.51.100.1", "management", "the gateway is not in 192.0.2.0/24"),
         ("management.gateway", "192.0.2.10", "management", "the gateway has the appliance's own"),
@@ -400,3 +407,50 @@ def test_what_is_kept_is_whole_or_is_told_to_be_damaged() -> None:
         parse_kept(data[: len(data) // 2])
     with pytest.raises(ValueError, match="what its digest says"):
         parse_kept(data.replace(TOKEN.encode(), b"f" * 32))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("api", f"token {TOKEN}"),  # a colon that was forgotten
+        ("api", {f"token {TOKEN}": None}),
+        ("api", {TOKEN: "token"}),
+        ("api", {TOKEN: {TOKEN: 1}}),
+        ("switch", find_switch_pair().key),
+        ("switch.serverName", find_switch_pair().key),
+        ("switch.bridge", TOKEN),
+        ("name", f"{TOKEN}!"),
+        ("management.address", TOKEN),
+        ("lanes", [TOKEN]),
+    ],
+)
+def test_no_fault_shows_a_secret_that_stands_in_the_wrong_place(path: str, value: object) -> None:
+    faults = find_faults(change(path, value))
+    assert faults
+    assert TOKEN not in str(faults)
+    assert find_switch_pair().key[30:60] not in str(faults)
+
+
+def test_a_name_that_may_be_a_token_is_not_shown() -> None:
+    """Two credentials that were swapped: a token of 32 characters can be a name."""
+    reading = read_seed(change("api.token", "rack-12", change("name", TOKEN)))
+    assert reading.faults
+    assert reading.name == "hairpin"
+
+
+def test_of_a_seed_that_is_no_unicode_name_and_port_are_still_checked() -> None:
+    port = read_seed({**build_seed(), "color": "\ud800", "api": {"port": 10**9}})
+    assert (port.document, port.port) == (None, 8470)
+    assert read_seed(change("name", "\ud800")).name == "hairpin"
+
+
+def test_keys_that_stand_twice_in_meta_data_are_told() -> None:
+    offered = with_disk(change("name", ...), meta_data="local-hostname: a\nlocal-hostname: b\n")
+    assert "more than once" in read_faults(offered)["disk CIDATA, meta-data, local-hostname"]
+
+
+@pytest.mark.parametrize("depth", [20, 500, 5000])
+def test_json_is_refused_at_the_depth_that_yaml_is(depth: int) -> None:
+    for before, after in (('{"a":', "}"), ("[", "]")):
+        text = f'{{"b": {before * depth}1{after * depth}}}'
+        assert "nested deeper" in str(read_faults(Offered({"hairpin.seed": text.encode()})))

@@ -152,6 +152,26 @@ def test_what_is_in_the_folder_is_not_taken_unseen(tmp_path: Path) -> None:
         keep(SPEC_ONE, folder, NOW)
 
 
+def test_a_folder_of_somebody_else_gets_no_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was made beforehand where everybody may make one, as in /tmp."""
+    (tmp_path / "keys").mkdir(mode=0o700)
+    monkeypatch.setattr("os.geteuid", lambda: (tmp_path / "keys").stat().st_uid + 1)
+    with pytest.raises(HairpinError, match="another user's"):
+        keep(SPEC_ONE, tmp_path / "keys", NOW)
+    assert not list((tmp_path / "keys").iterdir())
+
+
+def test_nothing_is_renewed_by_another_ca_s_key(tmp_path: Path) -> None:
+    one, other = keep(SPEC_ONE, tmp_path / "one", NOW), build()
+    assert one.pki is not None
+    (tmp_path / "one/ca.key").write_text(other.ca.key)
+    with pytest.raises(HairpinError, match="not that of its certificate"):
+        keep(SPEC_ONE, tmp_path / "one", NOW + DAY, renewed=True)
+    assert (tmp_path / "one/host.pem").read_text() == one.pki.host.certificate
+
+
 def test_a_host_with_certificates_of_its_own_gets_none(tmp_path: Path) -> None:
     kept = keep(parse_spec(f"{SPEC}tls: existing\n"), tmp_path / "keys", NOW)
     assert kept.pki is None

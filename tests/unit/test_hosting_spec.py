@@ -18,7 +18,7 @@ from appliance.hosting.spec import (
     render_connection,
     render_listener,
 )
-from appliance.hosting.vm import build_seed, render_domain, render_seed
+from appliance.hosting.vm import build_seed, check_seed, render_domain, render_seed
 from steering.errors import WrongInput
 from tests.support.host_specs import SPEC, TOKEN
 
@@ -41,7 +41,16 @@ def find_faults(text: str) -> dict[str, str]:
         ({"name": "a b"}, "name", "is not of the form"),
         ({"name": "$(reboot)"}, "name", "is not of the form"),
         ({"address": "hv-1"}, "address", "does not appear to be"),
-        ({"address": "0.0.0.0"}, "address", "one address of the host"),
+        ({"address": "0.0.0.0"}, "address", "one address of a host"),
+        ({"address": 'fd00::1%") system("reboot") ("'}, "address", "without a zone"),
+        ({"address": "::ffff:192.0.2.10"}, "address", "one address of a host"),
+        ({"address": "255.255.255.255"}, "address", "one address of a host"),
+        ({"address": "fe80::1"}, "address", "link-local"),
+        ({"name": "HV-1.example.org"}, "name", "is not of the form"),
+        ({"lanes": [{"profile": "prevent", "vlan": True}]}, "lanes[0].vlan", "valid integer"),
+        ({"lanes": [{"profile": "prevent", "vlan": "12"}]}, "lanes[0].vlan", "valid integer"),
+        ({"vm": {"management": {"bridge": "b", "address": "fd00::1%x/64"}}}, "vm.management.address",
+         "ADDRESS/PREFIX"),
         ({"bridge": "br int"}, "bridge", "is not of the form"),
         ({"bridge": "a" * 16}, "bridge", "is not of the form"),
         ({"directory": "/etc/../root"}, "directory", "is not of the form"),
@@ -112,6 +121,11 @@ def test_the_digest_is_of_what_the_switch_is_told() -> None:
     assert digest != build_digest(parse_spec(change(bfdMilliseconds=100)))
     vm = {**yaml.safe_load(SPEC)["vm"], "memoryMiB": 8192}
     assert digest == build_digest(parse_spec(change(vm=vm)))
+    # With other keys the appliance would be cut off.
+    assert len({build_digest(parse_spec(SPEC), ca) for ca in ("", "one CA", "another")}) == 3
+    assert build_digest(parse_spec(SPEC)) == digest
+    # By its name files are called, of which those of an earlier one would stay.
+    assert digest != build_digest(parse_spec(change(vm={**vm, "name": "other"})))
 
 
 def test_the_vm_has_the_taps_that_the_switch_expects() -> None:
@@ -143,6 +157,31 @@ def test_the_first_boot_takes_the_seed_that_a_host_is_prepared_with() -> None:
     assert reading.document is not None
     lanes = [lane.profile for lane in reading.document.lanes]
     assert lanes == [lane.profile for lane in spec.lanes]
+
+
+def test_a_key_that_stands_twice_is_told() -> None:
+    assert find_faults(f"{SPEC}bridge: br-ex\n") == {"bridge": "stands here more than once"}
+
+
+@pytest.mark.parametrize(
+    ("management", "path", "reason"),
+    [
+        ({"address": "192.0.2.0/24"}, "vm.management.address", "not an address that a host"),
+        ({"address": "127.0.0.1/8"}, "vm.management.address", "not an address that a host"),
+        ({"address": "192.0.2.20/24", "gateway": "198.51.100.1"}, "vm.management",
+         "the gateway is not in"),
+        ({"address": "192.0.2.20/24", "dns": ["192.0.2.1"] * 5}, "vm.management.dns", "at most 4"),
+    ],
+)  # fmt: skip
+def test_what_the_first_boot_would_refuse_is_told_on_the_host(
+    management: dict[str, object], path: str, reason: str
+) -> None:
+    spec = parse_spec(change(vm={"management": {"bridge": "br-mgmt", **management}}))
+    with pytest.raises(WrongInput) as told:
+        check_seed(spec, build_ports(spec, SECRET), TOKEN)
+    assert [(one.path, reason in one.reason) for one in told.value.faults] == [(path, True)]
+    right = parse_spec(SPEC)
+    check_seed(right, build_ports(right, SECRET), TOKEN)
 
 
 def test_no_secret_is_in_what_others_may_read() -> None:

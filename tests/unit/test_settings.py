@@ -157,7 +157,9 @@ def test_plain_tcp_to_another_machine_is_refused_with_the_reason() -> None:
     assert "ssl:" in fault
 
 
-@pytest.mark.parametrize("connection", [*REFUSED, "", "unix:/a b", "unix:/a\n"])
+@pytest.mark.parametrize(
+    "connection", [*REFUSED, "", "unix:/a b", "unix:/a\n", "unix:/a,tcp:192.0.2.1:6640"]
+)
 @pytest.mark.parametrize("key", ["ovsdb", "openflow"])
 def test_a_connection_that_nothing_proves_is_refused(key: str, connection: str) -> None:
     assert list(find_faults(change(f"switch.{key}", connection))) == [f"switch.{key}"]
@@ -261,6 +263,13 @@ def test_rules_become_stale_where_something_could_refresh_them() -> None:
     assert parse_settings(change("rules", rules)).rules.stale_seconds == 7 * 86400
     assert parse_settings(change("rules", {})).rules.stale_seconds is None
     assert parse_settings(change("rules", {"staleAfterDays": 2})).rules.stale_seconds == 2 * 86400
+
+
+@pytest.mark.parametrize("key", ["interface", "device"])
+def test_the_canary_has_a_port_of_its_own(key: str) -> None:
+    leg = yaml.safe_load(EXAMPLE)["lanes"][0]["legA"][key]
+    canary = {"interface": "canary0", "device": "canary", key: leg}
+    assert "is a leg's" in find_faults(change("canary", canary))["(file)"]
 
 
 def test_two_receivers_never_share_a_cursor() -> None:

@@ -6,6 +6,8 @@ umask 077
 refuse() { printf 'refused: %s; %s\n' "$1" "$2" >&2; exit 1; }
 # look AWK COMMAND...: what it prints, through awk, without quotes. If it fails, so does the script.
 look() { by=$1; shift; said=$("$@") || return 1; printf '%s\n' "$said" | awk "$by" | tr -d '"'; }
+# drop FILE SIGN: remove it if its first line has the sign; another one is not ours.
+drop() { [ ! -f "$1" ] || case "$(head -n 1 "$1")" in *"$2"*) rm -f "$1";; esac; }
 got=$(look 1 ovs-vsctl --timeout=15 --bare --columns=name find Bridge name=br-int)
 if [ "$got" != br-int ]; then
     refuse 'there is no bridge br-int' 'correct bridge in host.yaml; run this on the host itself'
@@ -23,10 +25,10 @@ if [ "$got" != '' ]; then
     refuse '192.0.2.10 is an address of bridge br-int itself: after a restart of the host nothing passes there until the appliance is connected, and it could not connect' 'give the host an address on another network, and name it in host.yaml'
 fi
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-if [ "$got" != hv-1/9de5a3192db4 ]; then
+if [ "$got" != hv-1/c457a4cf9cd4 ]; then
     got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
     if [ "$got" != '' ]; then
-        refuse 'bridge br-int is prepared already, by another plan' '`hairpin host restore` with the plan of then, then prepare it anew'
+        refuse 'bridge br-int is prepared already, by another plan or with other keys' 'name the folder of then by --keys; or `hairpin host restore` with the plan of then, and prepare it anew'
     fi
     got=$(look 1 ovs-vsctl --timeout=15 --bare --columns=private_key list SSL)
     if [ "$got" != '' ]; then
@@ -49,34 +51,41 @@ if [ "$got" != hv-1/9de5a3192db4 ]; then
         refuse 'somebody listens at port 6640 or 6653 already' 'set ovsdbPort and openflowPort in host.yaml to others'
     fi
 fi
-[ -d /etc/openvswitch/hairpin ] || mkdir -p -m 0755 /etc/openvswitch/hairpin
-chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin
-cat > /etc/openvswitch/hairpin/ca.pem.new <<'END-OF-HAIRPIN-FILE'
+[ -d /etc/openvswitch/hairpin ] || { (umask 022; mkdir -p /etc/openvswitch/hairpin); chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin; }
+rm -f /etc/openvswitch/hairpin/ca.pem.new
+(set -C; cat > /etc/openvswitch/hairpin/ca.pem.new) <<'END-OF-HAIRPIN-FILE'
+# [hairpin-host hv-1]
 (CA certificate)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/openvswitch/hairpin/ca.pem ] || cmp -s /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem || [ "$got" = hv-1/9de5a3192db4 ] || { rm -f /etc/openvswitch/hairpin/ca.pem.new; refuse '/etc/openvswitch/hairpin/ca.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
-chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/ca.pem.new
+[ ! -e /etc/openvswitch/hairpin/ca.pem ] || cmp -s /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/openvswitch/hairpin/ca.pem.new; refuse '/etc/openvswitch/hairpin/ca.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+chown -h --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/ca.pem.new
 chmod 0644 /etc/openvswitch/hairpin/ca.pem.new
 mv /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem
-cat > /etc/openvswitch/hairpin/host.pem.new <<'END-OF-HAIRPIN-FILE'
+rm -f /etc/openvswitch/hairpin/host.pem.new
+(set -C; cat > /etc/openvswitch/hairpin/host.pem.new) <<'END-OF-HAIRPIN-FILE'
+# [hairpin-host hv-1]
 (host certificate)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/openvswitch/hairpin/host.pem ] || cmp -s /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem || [ "$got" = hv-1/9de5a3192db4 ] || { rm -f /etc/openvswitch/hairpin/host.pem.new; refuse '/etc/openvswitch/hairpin/host.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
-chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.pem.new
+[ ! -e /etc/openvswitch/hairpin/host.pem ] || cmp -s /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/openvswitch/hairpin/host.pem.new; refuse '/etc/openvswitch/hairpin/host.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+chown -h --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.pem.new
 chmod 0644 /etc/openvswitch/hairpin/host.pem.new
 mv /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem
-cat > /etc/openvswitch/hairpin/host.key.new <<'END-OF-HAIRPIN-FILE'
+rm -f /etc/openvswitch/hairpin/host.key.new
+(set -C; cat > /etc/openvswitch/hairpin/host.key.new) <<'END-OF-HAIRPIN-FILE'
+# [hairpin-host hv-1]
 (host key)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/openvswitch/hairpin/host.key ] || cmp -s /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key || [ "$got" = hv-1/9de5a3192db4 ] || { rm -f /etc/openvswitch/hairpin/host.key.new; refuse '/etc/openvswitch/hairpin/host.key is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
-chown --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.key.new
+[ ! -e /etc/openvswitch/hairpin/host.key ] || cmp -s /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/openvswitch/hairpin/host.key.new; refuse '/etc/openvswitch/hairpin/host.key is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+chown -h --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.key.new
 chmod 0600 /etc/openvswitch/hairpin/host.key.new
 mv /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key
-[ -d /etc/hairpin-host ] || mkdir -p -m 0755 /etc/hairpin-host
-cat > /etc/hairpin-host/hairpin-seed.yaml.new <<'END-OF-HAIRPIN-FILE'
+[ -d /etc/hairpin-host ] || { (umask 022; mkdir -p /etc/hairpin-host); }
+rm -f /etc/hairpin-host/hairpin-seed.yaml.new
+(set -C; cat > /etc/hairpin-host/hairpin-seed.yaml.new) <<'END-OF-HAIRPIN-FILE'
+# [hairpin-host hv-1]
 hairpin:
   name: hv-1
   management:
@@ -126,11 +135,13 @@ hairpin:
     mac: 02:ef:32:53:bc:0b
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/hairpin-host/hairpin-seed.yaml ] || cmp -s /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml || [ "$got" = hv-1/9de5a3192db4 ] || { rm -f /etc/hairpin-host/hairpin-seed.yaml.new; refuse '/etc/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+[ ! -e /etc/hairpin-host/hairpin-seed.yaml ] || cmp -s /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/hairpin-host/hairpin-seed.yaml.new; refuse '/etc/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chgrp libvirt-qemu /etc/hairpin-host/hairpin-seed.yaml.new
 chmod 0640 /etc/hairpin-host/hairpin-seed.yaml.new
 mv /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml
-cat > /etc/hairpin-host/hairpin.xml.new <<'END-OF-HAIRPIN-FILE'
+rm -f /etc/hairpin-host/hairpin.xml.new
+(set -C; cat > /etc/hairpin-host/hairpin.xml.new) <<'END-OF-HAIRPIN-FILE'
+<!-- [hairpin-host hv-1] -->
 <domain type="kvm">
   <name>hairpin</name>
   <memory unit="MiB">4096</memory>
@@ -206,17 +217,17 @@ cat > /etc/hairpin-host/hairpin.xml.new <<'END-OF-HAIRPIN-FILE'
 </domain>
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/hairpin-host/hairpin.xml ] || cmp -s /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml || [ "$got" = hv-1/9de5a3192db4 ] || { rm -f /etc/hairpin-host/hairpin.xml.new; refuse '/etc/hairpin-host/hairpin.xml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+[ ! -e /etc/hairpin-host/hairpin.xml ] || cmp -s /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/hairpin-host/hairpin.xml.new; refuse '/etc/hairpin-host/hairpin.xml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chmod 0600 /etc/hairpin-host/hairpin.xml.new
 mv /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-if [ "$got" = hv-1/9de5a3192db4 ]; then
+if [ "$got" = hv-1/c457a4cf9cd4 ]; then
     echo 'the switch is prepared already'
 else
     echo 'the ports come to life with the VM; that Open vSwitch can'"'"'t open them yet is right'
     got=$(look 1 ovs-vsctl --timeout=15 get-fail-mode br-int)
     if [ "$got" = secure ]; then
-        ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/9de5a3192db4"' > /dev/null
+        ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/c457a4cf9cd4"' > /dev/null
     else
         got=$(look '/actions=/ && $0 !~ /^ *priority=0 actions=NORMAL *$/ {print; exit}' ovs-ofctl -O OpenFlow15 --timeout=15 --no-stats dump-flows br-int)
         if [ "$got" != '' ]; then
@@ -228,10 +239,10 @@ else
         fi
         got=$(look 1 ovs-vsctl --timeout=15 get-fail-mode br-int)
         if [ "$got" = standalone ]; then
-            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/9de5a3192db4"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=standalone > /dev/null
+            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/c457a4cf9cd4"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=standalone > /dev/null
             ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
         else
-            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/9de5a3192db4"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=unset > /dev/null
+            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/c457a4cf9cd4"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=unset > /dev/null
             ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
         fi
     fi

@@ -6,6 +6,8 @@ umask 077
 refuse() { printf 'refused: %s; %s\n' "$1" "$2" >&2; exit 1; }
 # look AWK COMMAND...: what it prints, through awk, without quotes. If it fails, so does the script.
 look() { by=$1; shift; said=$("$@") || return 1; printf '%s\n' "$said" | awk "$by" | tr -d '"'; }
+# drop FILE SIGN: remove it if its first line has the sign; another one is not ours.
+drop() { [ ! -f "$1" ] || case "$(head -n 1 "$1")" in *"$2"*) rm -f "$1";; esac; }
 got=$(look 1 ovs-vsctl --timeout=15 --bare --columns=name find Bridge name=br-int)
 if [ "$got" != br-int ]; then
     refuse 'there is no bridge br-int' 'correct bridge in host.yaml; run this on the host itself'
@@ -23,6 +25,10 @@ else
         got=$(look '/actions=/ && !/cookie=0x4850[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][ ,]/ && !/cookie=0x686f737400[ ,]/ {print; exit}' ovs-ofctl -O OpenFlow15 --timeout=15 --no-stats dump-flows br-int)
         if [ "$got" != '' ]; then
             refuse 'bridge br-int has flows of others by now, which would be lost with the fail mode' 'keep them, delete them, and add them again afterwards'
+        fi
+        got=$(look 'match($0, /group_id=[0-9]+/) {id = substr($0, RSTART + 9, RLENGTH - 9) + 0; if (!(id >= 1213202432 && id <= 1213267967)) {print; exit}}' ovs-ofctl -O OpenFlow15 --timeout=15 dump-groups br-int)
+        if [ "$got" != '' ]; then
+            refuse 'bridge br-int has groups of others by now, which would be lost with the fail mode' 'keep them, delete them, and add them again afterwards'
         fi
         ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
     fi
@@ -50,7 +56,20 @@ else
     fi
     echo 'bridge br-int is as it was'
 fi
-rm -f /etc/openvswitch/hairpin/ca.pem /etc/openvswitch/hairpin/host.pem /etc/openvswitch/hairpin/host.key
+drop /etc/openvswitch/hairpin/ca.pem '[hairpin-host hv-1]'
+[ -s /etc/openvswitch/hairpin/ca.pem.new ] || rm -f /etc/openvswitch/hairpin/ca.pem.new
+drop /etc/openvswitch/hairpin/ca.pem.new '[hairpin-host hv-1]'
+drop /etc/openvswitch/hairpin/host.pem '[hairpin-host hv-1]'
+[ -s /etc/openvswitch/hairpin/host.pem.new ] || rm -f /etc/openvswitch/hairpin/host.pem.new
+drop /etc/openvswitch/hairpin/host.pem.new '[hairpin-host hv-1]'
+drop /etc/openvswitch/hairpin/host.key '[hairpin-host hv-1]'
+[ -s /etc/openvswitch/hairpin/host.key.new ] || rm -f /etc/openvswitch/hairpin/host.key.new
+drop /etc/openvswitch/hairpin/host.key.new '[hairpin-host hv-1]'
 [ ! -d /etc/openvswitch/hairpin ] || rmdir --ignore-fail-on-non-empty /etc/openvswitch/hairpin
-rm -f /etc/hairpin-host/hairpin-seed.yaml /etc/hairpin-host/hairpin.xml
+drop /etc/hairpin-host/hairpin-seed.yaml '[hairpin-host hv-1]'
+[ -s /etc/hairpin-host/hairpin-seed.yaml.new ] || rm -f /etc/hairpin-host/hairpin-seed.yaml.new
+drop /etc/hairpin-host/hairpin-seed.yaml.new '[hairpin-host hv-1]'
+drop /etc/hairpin-host/hairpin.xml '[hairpin-host hv-1]'
+[ -s /etc/hairpin-host/hairpin.xml.new ] || rm -f /etc/hairpin-host/hairpin.xml.new
+drop /etc/hairpin-host/hairpin.xml.new '[hairpin-host hv-1]'
 [ ! -d /etc/hairpin-host ] || rmdir --ignore-fail-on-non-empty /etc/hairpin-host
