@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from appliance.image.disk import open_device_to_read
+from appliance.image.disk import open_device_to_read, open_to_read, open_to_write
 from appliance.image.manifest import Manifest
-from appliance.image.model import SECTOR, Bytes, Damaged
+from appliance.image.model import SECTOR, Bytes, Damaged, ImageError
 from appliance.image.pe import parse_program
 from appliance.image.signing import NotTrusted, check_program
 from appliance.image.verify import Wanted, verify_image
@@ -195,3 +195,46 @@ def test_two_bundles_of_one_serial_are_told(image: Image, disk: Path) -> None:
             opened.seek(partition.offset + number * partition.size // 2)
             opened.write(build(image, 7, size))
     assert [one[:2] for one in find_bad(image, disk, image.manifest)] == [("rules", "changed")]
+
+
+# What is no plain disk
+
+
+def test_a_qcow2_with_another_file_behind_it_is_refused_before_qemu_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`qemu-img info` itself opens a data file, by any description that the header has of it."""
+    base, data = tmp_path / "base.qcow2", tmp_path / "data.raw"
+    run("qemu-img", "create", "-f", "qcow2", base, "1M")
+    over, apart = tmp_path / "over.qcow2", tmp_path / "apart.qcow2"
+    run("qemu-img", "create", "-f", "qcow2", "-b", base, "-F", "qcow2", over)
+    run("qemu-img", "create", "-f", "qcow2", "-o", f"data_file={data}", apart, "1M")
+    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
+    run("qemu-img", "create", "-f", "qcow2", *secret, tmp_path / "sealed.qcow2", "1M")
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no QEMU
+    for path in (over, apart, tmp_path / "sealed.qcow2"):
+        for opening in (open_to_write(path), open_to_read(path, quiet)):
+            with pytest.raises(ImageError, match="another file behind it"), opening:
+                pass
+
+
+def test_a_qcow2_of_any_size_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "large.qcow2"
+    run("qemu-img", "create", "-f", "qcow2", path, "1M")
+    with open(path, "r+b") as opened:
+        opened.seek(24)
+        opened.write((2**60).to_bytes(8, "big"))
+    with pytest.raises(ImageError, match="more than"), open_to_read(path, quiet):
+        pass
+
+
+def test_a_name_is_no_protocol_and_no_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("nbd:x", "-x", "json:{}"):
+        run("qemu-img", "create", "-f", "qcow2", tmp_path / name, "1M")
+        with open_to_read(Path(name), quiet) as disk:
+            assert disk.size == 2**20
+        with open_to_write(Path(name)) as disk:
+            assert disk.read(0, 1) == b"\0"
