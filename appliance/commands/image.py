@@ -373,17 +373,15 @@ def extract(
 ) -> None:
     """Write the parts of an image that an appliance is updated with, and check them."""
     from appliance.image.disk import open_to_read
-    from appliance.image.update import check_release
-    from appliance.image.update import extract as take_out
+    from appliance.image.update import extract_checked
 
     trusted = _read_trusted(certificate)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with open_to_read(file, _note) as disk:
-            files = take_out(disk, output, _note)
+            release = extract_checked(disk, output, trusted, _note)
     except OSError as fault:
         raise WrongInput([FieldError(str(output), fault.strerror or str(fault))]) from fault
-    release = check_release(files, trusted, _note)
     _print_release(release, json, written=False, text=f"version {release.version} in {output}")
 
 

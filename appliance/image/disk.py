@@ -28,6 +28,10 @@ log = structlog.get_logger("image")
 
 QCOW2 = b"QFI\xfb"
 CONVERT_SECONDS = 900.0
+_QCOW2_HEADER = struct.Struct(">4sIQIIQI36xQ")
+_QCOW2_DATA_FILE = 0x4
+DISK_LIMIT = 16 * 2**40
+"""Bytes that a disk may have: nobody waits for more to be read."""
 _LOCKED = (100, 200)  # first byte and how many: QEMU's permissions, and what it shares
 _FLOCK = struct.Struct("hhqqixxxx")
 _WINDOW = 4 * 2**20
@@ -139,14 +143,16 @@ def open_to_read(path: Path, progress: Progress) -> Iterator[Source]:
 
     Raises WrongInput, ImageError.
     """
+    path = path.absolute()  # QEMU takes others for options or protocols: `nbd:x`
     handle = _open(path, os.O_RDONLY)
     try:
         if not _is_qcow2(handle):
             _refuse_locked(handle, path)
             yield RawDisk(handle, path)
             return
+        _refuse_linked(handle, path)
         _read_qcow2_size(path)
-        with tempfile.TemporaryDirectory(prefix=".hairpin-", dir=path.absolute().parent) as work:
+        with tempfile.TemporaryDirectory(prefix=".hairpin-", dir=path.parent) as work:
             raw = Path(work) / "disk.raw"
             progress(f"unpacking {path}")
             _run_qemu(
@@ -169,17 +175,34 @@ def open_device_to_read(path: Path) -> Iterator[Source]:
 
 
 @contextlib.contextmanager
+def open_part_to_read(path: Path) -> Iterator[Source]:
+    """A file of a release, byte for byte: what is checked is what is written. Raises WrongInput.
+
+    A qcow2 is not unpacked, and a link not followed: it may lead from a disk that was attached to any other.
+    """
+    handle = _open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise WrongInput([FieldError(str(path), "no file")])
+        yield RawDisk(handle, path)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def open_to_write(path: Path) -> Iterator[Writable]:
     """The disk of an image that no machine runs on, and for a raw one none can start. Raises as `open_to_read`."""
+    path = path.absolute()
     handle = _open(path, os.O_RDWR)
     try:
         if not _is_qcow2(handle):
             _lock(handle, path)
             yield RawDisk(handle, path)
             return
+        _refuse_linked(handle, path)
         size = _read_qcow2_size(path)
         with tempfile.TemporaryDirectory(prefix="hairpin-image-") as work:
-            yield Qcow2Disk(path.absolute(), size, Path(work))
+            yield Qcow2Disk(path, size, Path(work))
     finally:
         os.close(handle)
 
@@ -200,8 +223,23 @@ def _is_qcow2(handle: int) -> bool:
     return os.pread(handle, 4, 0) == QCOW2
 
 
+def _refuse_linked(handle: int, path: Path) -> None:
+    """A qcow2 that would make QEMU open other files than itself: asked before QEMU is.
+
+    By its header (docs/interop/qcow2): `qemu-img info` itself opens what a header names as its data file, of which
+    QEMU before 9.1 took any description (CVE-2024-4467).
+    """
+    header = os.pread(handle, _QCOW2_HEADER.size, 0).ljust(_QCOW2_HEADER.size, b"\0")
+    _, version, backing, _, _, size, encrypted, features = _QCOW2_HEADER.unpack(header)
+    mend = "flatten it first: `qemu-img convert -O qcow2 IMAGE NEW`"
+    if backing or encrypted or (version >= 3 and features & _QCOW2_DATA_FILE):
+        raise ImageError(f"{path} is not whole in itself: it has another file behind it", mend)
+    if size > DISK_LIMIT:
+        raise ImageError(f"{path} is a disk of {size} bytes, more than {DISK_LIMIT}")
+
+
 def _read_qcow2_size(path: Path) -> int:
-    """Refuses one that would make QEMU open other files than itself."""
+    """As QEMU sees it. Refuses again what `_refuse_linked` does, by QEMU's own words."""
     told = _run_qemu(["qemu-img", "info", "-f", "qcow2", "--output=json", str(path)], path)
     try:
         document = json.loads(told)

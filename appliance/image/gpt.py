@@ -45,7 +45,8 @@ class Partition:
 class Table:
     """A disk's partitions, and what is wrong with what tells of them.
 
-    ``spans`` are (offset, size) of everything that the table itself takes. ``whole``: both copies are, and agree.
+    ``spans`` are (offset, size) of everything that the table itself takes, ``raw`` its bytes (of the copies that
+    can be read). ``whole``: both copies are, and agree.
     ``enlarged``: the disk has got larger since, which the next boot takes note of (systemd-repart).
     """
 
@@ -55,10 +56,12 @@ class Table:
     faults: tuple[str, ...]
     whole: bool
     enlarged: bool
+    raw: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
+    header: bytes
     own: int
     other: int
     first_usable: int
@@ -96,13 +99,15 @@ def read_table(disk: Source) -> Table:
     spans += [(start * SECTOR, told.entry_sectors * SECTOR) for start in starts]
     partitions = tuple(_parse_entries(told))
     _check_places(partitions, told, spans)
+    mbr = disk.read(0, SECTOR)
     return Table(
         guid=_text(told.guid),
         partitions=partitions,
         spans=tuple(sorted(spans)),
-        faults=(*_check_mbr(disk.read(0, SECTOR), {end, sectors - 1}), *faults),
+        faults=(*_check_mbr(mbr, {end, sectors - 1}), *_check_numbers(partitions), *faults),
         whole=whole,
         enlarged=end != sectors - 1,
+        raw=b"".join([mbr, *(one.header + one.entries for one in (first, second) if one)]),
     )
 
 
@@ -163,7 +168,7 @@ def _read_copy(disk: Source, at: int, sectors: int) -> _Copy:
     entries = disk.read(entries_at * SECTOR, count * entry_size)
     if zlib.crc32(entries) != entries_crc:
         raise Damaged("its entries' checksum is wrong")
-    return _Copy(own, other, first, last, guid, entries_at, count, entries)
+    return _Copy(sector, own, other, first, last, guid, entries_at, count, entries)
 
 
 def _agree(first: _Copy, second: _Copy) -> bool:
@@ -184,6 +189,14 @@ def _parse_entries(copy: _Copy) -> Iterator[Partition]:
             continue
         text = name.decode("utf-16-le", errors="replace").split("\0", 1)[0]
         yield Partition(number + 1, _text(kind), _text(guid), first, last, attributes, text)
+
+
+def _check_numbers(partitions: Sequence[Partition]) -> Iterator[str]:
+    # A partition is looked for by its number: which of two is found is chance.
+    seen: dict[str, int] = {}
+    for one in partitions:
+        if (other := seen.setdefault(one.guid, one.number)) != one.number:
+            yield f"partitions {other} and {one.number} have the same GUID"
 
 
 def _check_places(

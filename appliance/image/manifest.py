@@ -23,7 +23,11 @@ _Digest = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(BaseModel):
-    """``files`` are path -> SHA-256 of what stands in the EFI system partition. ``size`` is the disk's, in bytes."""
+    """``files`` are path -> SHA-256 of what stands in the EFI system partition. ``size`` is the disk's, in bytes.
+
+    ``roots`` are root hash -> SHA-256 of what tells of a root, beside the hash itself: a superblock has a number, and
+    a signature has ways to be written, that no signature covers.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: str = Field(pattern=r"^hairpin-image/1$")
@@ -34,6 +38,7 @@ class Manifest(BaseModel):
     esp_sha256: str = _Digest
     var_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     files: Mapping[str, str]
+    roots: Mapping[str, str]
 
 
 def build_manifest(
@@ -45,6 +50,7 @@ def build_manifest(
     esp: str,
     var: str | None,
     files: Mapping[str, str],
+    roots: Mapping[str, str],
 ) -> Manifest:
     return Manifest(
         format="hairpin-image/1",
@@ -55,6 +61,7 @@ def build_manifest(
         esp_sha256=esp,
         var_sha256=var,
         files=dict(files),
+        roots=dict(roots),
     )
 
 

@@ -91,7 +91,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All findings, in the order of the disk. ``versions`` are those that can boot, newest first."""
+    """All findings, in the order of the disk. ``versions`` are those that can boot, by the names of their kernels."""
 
     findings: tuple[Finding, ...]
     versions: tuple[str, ...] = ()

@@ -10,7 +10,14 @@ from appliance.image.layout import find_layout
 from appliance.image.manifest import Manifest, build_manifest, seal_manifest
 from appliance.image.model import ImageError, Progress, Source, Status
 from appliance.image.signing import PrivateKey
-from appliance.image.verify import Wanted, compute_table, hash_source, strip_tries, verify_image
+from appliance.image.verify import (
+    Wanted,
+    compute_root,
+    compute_table,
+    hash_source,
+    strip_tries,
+    verify_image,
+)
 
 
 def build_from(
@@ -43,6 +50,7 @@ def build_from(
         esp=hash_source(esp),
         var=hash_source(layout.var.of(disk)) if layout.var else None,
         files={strip_tries(one.path): hash_source(one) for one in read_tree(esp).files},
+        roots=dict(compute_root(disk, one) for one in layout.roots if not one.empty),
     )
     return seal_manifest(manifest, key, certificate), manifest
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -183,7 +183,7 @@ def _decode(shape: type[Decoded], data: bytes) -> Decoded:
     _require(len(data) <= PKCS7_LIMIT, f"it is longer than {PKCS7_LIMIT} bytes")
     try:
         return asn1.decode_der(shape, data)
-    except (ValueError, TypeError, OverflowError) as fault:
+    except (ValueError, TypeError, OverflowError, x509.InvalidVersion) as fault:
         raise Damaged(f"the signature is damaged: {fault}") from fault
 
 
@@ -218,8 +218,7 @@ def _check_signer(
     signer = listed[0]
     others = included.as_list() if included is not None else []
     for one in others:
-        if not _is_trusted(one, trusted):
-            raise NotTrusted(f"signed by {render_name(one)}, which is not trusted")
+        _require_trusted(one, trusted)
     certificate = _find_certificate(signer.sid, [*trusted, *others])
     algorithm = _find_digest(signer.digest_algorithm)
     message = content
@@ -228,9 +227,20 @@ def _check_signer(
         message = _encode_attributes(signer.attributes)
     try:
         _verify(certificate.public_key(), message, signer.signature, algorithm)
-    except InvalidSignature as fault:
+    except (InvalidSignature, ValueError, UnsupportedAlgorithm) as fault:
         raise NotTrusted(f"the signature of {render_name(certificate)} does not fit") from fault
     return certificate
+
+
+def _require_trusted(certificate: Certificate, trusted: Sequence[Certificate]) -> None:
+    # A certificate is read lazily: what is torn in it is told of only when its fields are asked for.
+    try:
+        if _is_trusted(certificate, trusted):
+            return
+        name = render_name(certificate)
+    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as fault:
+        raise Damaged("the signature is damaged: its certificate can't be read") from fault
+    raise NotTrusted(f"signed by {name}, which is not trusted")
 
 
 def _is_trusted(certificate: Certificate, trusted: Sequence[Certificate]) -> bool:
@@ -256,12 +266,15 @@ def _find_certificate(sid: _IssuerAndSerial, known: Sequence[Certificate]) -> Ce
 
 
 def _check_attributes(attributes: asn1.SetOf[_Attribute], digest: bytes) -> None:
-    told = [
-        value.parse(bytes)
-        for one in attributes.as_list()
-        if one.type.dotted_string == _MESSAGE_DIGEST
-        for value in one.values.as_list()
-    ]
+    try:
+        told = [
+            value.parse(bytes)
+            for one in attributes.as_list()
+            if one.type.dotted_string == _MESSAGE_DIGEST
+            for value in one.values.as_list()
+        ]
+    except ValueError as fault:
+        raise Damaged(f"the signature is damaged: {fault}") from fault
     if told != [digest]:
         raise NotTrusted("the signature is over something else")
 

@@ -8,6 +8,7 @@ leads from it to each block. They are copied first and checked then, so that wha
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import uuid
@@ -18,7 +19,7 @@ from pathlib import Path
 import structlog
 from cryptography.x509 import Certificate
 
-from appliance.image.disk import open_to_read
+from appliance.image.disk import open_part_to_read, open_to_read
 from appliance.image.fat import read_tree
 from appliance.image.gpt import read_table
 from appliance.image.layout import RootSet, find_layout
@@ -42,6 +43,10 @@ PARTS = {
     "signature": f"root-{ARCHITECTURE}-verity-sig.raw",
     "kernel": "efi",
 }
+PART_LIMITS = {"root": 2**31, "tree": 2**28, "signature": 2**20, "kernel": 2**29}
+"""Bytes: well over what an image has room for. A release comes from outside, and is staged where alerts are kept."""
+FREE_SHARE = 20
+"""One in so many bytes of that disk stays free, as for health (appliance/assurance/disk.py)."""
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.~^-]{0,19}")
 _CHUNK = 2**20
 
@@ -66,7 +71,11 @@ class Release:
 def find_parts(directory: Path) -> dict[str, Path]:
     """The four parts of the one release in a directory. Raises WrongInput."""
     found: dict[str, list[Path]] = {name: [] for name in PARTS}
-    for path in sorted(directory.iterdir()):
+    try:
+        paths = sorted(directory.iterdir())
+    except OSError as fault:
+        raise WrongInput([FieldError(str(directory), fault.strerror or str(fault))]) from fault
+    for path in paths:
         for name, ending in PARTS.items():
             if path.name.startswith("hairpin_") and path.name.endswith(f".{ending}"):
                 found[name].append(path)
@@ -94,9 +103,7 @@ def check_release(
 ) -> Release:
     """Raises NotTrusted, Damaged, ImageError: then nothing of it is to be used."""
     with contextlib.ExitStack() as opened:
-        part = {
-            name: opened.enter_context(open_to_read(path, progress)) for name, path in files.items()
-        }
+        part = {name: opened.enter_context(open_part_to_read(path)) for name, path in files.items()}
         kernel, signer = check_kernel(part["kernel"], files["kernel"].name, trusted)
         told = parse_signature(part["signature"].read(0, min(part["signature"].size, _CHUNK)))
         certificate = check_detached(told.signature, told.root_hash.encode(), trusted)
@@ -129,10 +136,26 @@ def extract(disk: Source, target: Path, progress: Progress) -> dict[str, Path]:
         raise ImageError(f"the root's label {full[0].root.name!r} has no version")
     files = {name: target / f"hairpin_{version}.{ending}" for name, ending in PARTS.items()}
     sources: dict[str, Source] = {**_find_sources(disk, full[0]), "kernel": kernels[0]}
-    for name, path in files.items():
-        progress(f"writing {path.name}")
-        _write_sparse(sources[name], path)
+    with contextlib.ExitStack() as undone:
+        for name, path in files.items():
+            progress(f"writing {path.name}")
+            _write_sparse(sources[name], path, PART_LIMITS[name])
+            undone.callback(path.unlink, missing_ok=True)
+        undone.pop_all()
     return files
+
+
+def extract_checked(
+    disk: Source, target: Path, trusted: Sequence[Certificate], progress: Progress
+) -> Release:
+    """`extract`, then `check_release`; nothing stays in ``target`` where either fails. Raises as they do."""
+    files = extract(disk, target, progress)
+    with contextlib.ExitStack() as undone:
+        for path in files.values():
+            undone.callback(path.unlink, missing_ok=True)
+        release = check_release(files, trusted, progress)
+        undone.pop_all()
+    return release
 
 
 def _find_sources(disk: Source, root: RootSet) -> dict[str, Source]:
@@ -143,29 +166,41 @@ def _find_sources(disk: Source, root: RootSet) -> dict[str, Source]:
     }
 
 
-def _write_sparse(source: Source, path: Path) -> None:
-    with open(path, "xb") as opened:
+def _write_sparse(source: Source, path: Path, limit: int) -> None:
+    if source.size > limit:
+        raise ImageError(f"{path.name} has {source.size} bytes, more than {limit}")
+    with open(path, "xb") as opened, contextlib.ExitStack() as undone:
+        undone.callback(path.unlink)
         for at in range(0, source.size, _CHUNK):
             piece = source.read(at, min(_CHUNK, source.size - at))
             if piece.count(0) == len(piece):
                 opened.seek(len(piece), 1)
             else:
+                _require_space(opened.fileno(), path)
                 opened.write(piece)
         opened.truncate(source.size)
+        undone.pop_all()
+
+
+def _require_space(handle: int, path: Path) -> None:
+    space = os.fstatvfs(handle)
+    if space.f_bavail < space.f_blocks // FREE_SHARE + _CHUNK // space.f_frsize:
+        reason = f"{path.parent} would be nearly full: {space.f_bavail * space.f_frsize} bytes left"
+        raise ImageError(reason, f"free space there: a {FREE_SHARE}th of it stays free")
 
 
 @contextlib.contextmanager
 def stage(source: Path, staging: Path, progress: Progress) -> Iterator[dict[str, Path]]:
     """The parts of a release, copied where only root can write. Raises WrongInput, ImageError."""
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(mode=0o700, parents=True)
     try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(mode=0o700, parents=True)
         if source.is_dir():
             copied = {}
             for name, path in find_parts(source).items():
-                with open_to_read(path, progress) as part:
+                with open_part_to_read(path) as part:
                     copied[name] = staging / path.name
-                    _write_sparse(part, copied[name])
+                    _write_sparse(part, copied[name], PART_LIMITS[name])
             yield copied
         else:
             with open_to_read(source, progress) as disk:

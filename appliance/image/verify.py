@@ -41,8 +41,10 @@ from appliance.image.verity import (
 )
 
 BOOT_LOADER = "/EFI/BOOT/BOOTX64.EFI"
+BOOT_LOADERS = (BOOT_LOADER, "/EFI/SYSTEMD/SYSTEMD-BOOTX64.EFI")
 KERNELS = "/EFI/LINUX/"
 UNUSED_LIMIT = 5
+_SIGNATURE_ROOM = 2**20
 _CHUNK = 2**20
 
 
@@ -97,13 +99,8 @@ def verify_image(disk: Source, wanted: Wanted, progress: Progress) -> Verdict:
 
 
 def compute_table(table: Table, size: int) -> str:
-    """A digest of what the partition table says, and of the disk's size."""
-    told = [table.guid, str(size)]
-    told += [
-        f"{one.number} {one.type} {one.guid} {one.first} {one.last} {one.attributes} {one.name!r}"
-        for one in table.partitions
-    ]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    """A digest of all bytes of the partition table, also those that no checksum covers, and of the disk's size."""
+    return hashlib.sha256(f"{size}\n".encode() + table.raw).hexdigest()
 
 
 def _check_table(disk: Source, table: Table, wanted: Wanted) -> Iterator[Finding]:
@@ -185,6 +182,8 @@ def _check_esp_rest(esp: Part, tree: Tree, wanted: Wanted, good: bool) -> Iterat
 def strip_tries(path: str) -> str:
     """A kernel's path without the boot loader's count of tries: `hairpin_0.1.0+3-0.efi` is hairpin_0.1.0.efi."""
     folder, _, name = path.rpartition("/")
+    if f"{folder}/".upper() != KERNELS:
+        return path
     stem, dot, ending = name.rpartition(".")
     base, plus, tries = stem.rpartition("+")
     if plus and dot and tries and all(part.isdecimal() for part in tries.split("-", 1)):
@@ -195,7 +194,7 @@ def strip_tries(path: str) -> str:
 def _check_file(file: File, digest: str | None, wanted: Wanted, kernels: list[Kernel]) -> Finding:
     place = f"esp {file.path}"
     if file.path.upper().endswith(".EFI"):
-        return _check_program(place, file, wanted.trusted, kernels)
+        return _check_program(place, file, digest, wanted, kernels)
     if digest is not None:
         if hash_source(file) == digest:
             return Finding(place, Status.OK, "as the manifest says")
@@ -208,19 +207,35 @@ def _check_file(file: File, digest: str | None, wanted: Wanted, kernels: list[Ke
 
 
 def _check_program(
-    place: str, file: File, trusted: Sequence[Certificate], kernels: list[Kernel]
+    place: str, file: File, digest: str | None, wanted: Wanted, kernels: list[Kernel]
 ) -> Finding:
     try:
-        signer = check_signature(file, trusted)
+        signer = check_signature(file, wanted.trusted)
         kernel = read_kernel(file, file.path)
     except NotTrusted as fault:
         return Finding(place, Status.UNSIGNED, fault.reason)
     except Damaged as fault:
         return Finding(place, Status.CHANGED, fault.reason)
+    # Signed is not enough: by the same key there are older programs, and addons to a kernel's command line.
+    if digest is not None and hash_source(file) != digest:
+        return Finding(place, Status.CHANGED, "signed, but not what the manifest says", signer)
+    if not _has_place(file.path, kernel):
+        return Finding(place, Status.UNEXPECTED, "signed, but it does not belong there", signer)
+    if kernel is not None:
+        kernels.append(kernel)
+    later = kernel is not None and wanted.ran  # an update brings a kernel
+    if wanted.manifest is not None and digest is None and not later:
+        return Finding(place, Status.UNEXPECTED, "signed, but not in the manifest", signer)
     if kernel is None:
-        return Finding(place, Status.OK, "boot loader or other program", signer)
-    kernels.append(kernel)
+        return Finding(place, Status.OK, "boot loader", signer)
     return Finding(place, Status.OK, f"kernel of version {kernel.version or 'unknown'}", signer)
+
+
+def _has_place(path: str, kernel: Kernel | None) -> bool:
+    """Whether the boot loader, or the firmware, looks for such a program there."""
+    if kernel is None:
+        return path.upper() in BOOT_LOADERS
+    return f"{path.rpartition('/')[0]}/".upper() == KERNELS
 
 
 def check_signature(file: Source, trusted: Sequence[Certificate]) -> str:
@@ -296,7 +311,7 @@ def _check_root(
         return
     data, tree = root.root.of(disk), root.tree.of(disk)
     try:
-        told = parse_signature(root.signature.of(disk).read(0, min(root.signature.size, 2**20)))
+        told = parse_signature(_read_signature(root.signature.of(disk)))
         certificate = check_detached(told.signature, told.root_hash.encode(), wanted.trusted)
     except NotTrusted as fault:
         yield Finding(f"{place} signature", Status.UNSIGNED, fault.reason)
@@ -305,7 +320,10 @@ def _check_root(
         yield Finding(f"{place} signature", Status.CHANGED, fault.reason)
         return
     signer = render_name(certificate)
-    faults = list(_check_names(root, told, certificate, kernels))
+    faults = [
+        *_check_names(root, told, certificate, kernels),
+        *_check_bytes(disk, root, told, wanted),
+    ]
     yield from faults
     found.add(told.root_hash)
     if not faults:
@@ -356,6 +374,31 @@ def _check_names(
         yield Finding(place, Status.CHANGED, "no signed kernel is for this root")
 
 
+def compute_root(disk: Source, root: RootSet) -> tuple[str, str]:
+    """The root hash that is signed, and a digest of all bytes that tell of it. Raises Damaged."""
+    text = _read_signature(root.signature.of(disk))
+    block = root.tree.of(disk).read(0, 512)
+    return parse_signature(text).root_hash, hashlib.sha256(text.rstrip(b"\0") + block).hexdigest()
+
+
+def _check_bytes(
+    disk: Source, root: RootSet, told: RootSignature, wanted: Wanted
+) -> Iterator[Finding]:
+    place = f"root {root.name} signature"
+    manifest = wanted.manifest
+    if manifest is None or (wanted.ran and told.root_hash not in manifest.roots):
+        return  # a version that came later
+    if manifest.roots.get(told.root_hash) != compute_root(disk, root)[1]:
+        detail = "signed, but it or the superblock is not byte for byte what the manifest says"
+        yield Finding(place, Status.CHANGED, detail)
+
+
+def _read_signature(part: Source) -> bytes:
+    if find_nonzero(part, _SIGNATURE_ROOM, part.size - _SIGNATURE_ROOM) is not None:
+        raise Damaged(f"bytes after the first {_SIGNATURE_ROOM}")
+    return part.read(0, min(part.size, _SIGNATURE_ROOM))
+
+
 # Rules and state
 
 
@@ -366,7 +409,7 @@ def _check_rules(disk: Source, layout: Layout, wanted: Wanted) -> Iterator[Findi
     partition = layout.rules.of(disk)
     number = 0
     empty = 0
-    serials = []
+    headers = []
     for number in range(bundles.SLOTS):
         place = f"rules copy {number + 1}"
         slot = bundles.find_slot(partition, number)
@@ -385,14 +428,14 @@ def _check_rules(disk: Source, layout: Layout, wanted: Wanted) -> Iterator[Findi
         except ImageError as fault:
             yield Finding(place, Status.CHANGED, fault.reason)
             continue
-        serials.append(found.header.serial)
+        headers.append(found.header)
         if leftover is not None:
             yield Finding(place, Status.UNEXPECTED, f"bytes at {leftover}, after the bundle")
         detail = f"serial {found.header.serial}, {found.header.rules} rules"
         yield Finding(place, Status.OK, detail, found.signer)
     if empty == bundles.SLOTS:
         yield Finding("rules", Status.OK, "empty: the starter rules of the root are used")
-    elif empty or len(set(serials)) > 1:
+    elif empty or (len(headers) > 1 and headers[0] != headers[1]):
         yield Finding("rules", Status.CHANGED, "the two copies differ: a refresh was cut off")
     end = bundles.SLOTS * bundles.slot_size(partition.size)
     if (at := find_nonzero(partition, end, partition.size - end)) is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from appliance.rules.model import RulesError
 ARCHIVE_LIMIT = 64 * 2**20
 UNPACKED_LIMIT = 192 * 2**20
 MEMBER_LIMIT = 4_000
+_ZIP_ENTRY = b"PK\x01\x02"
 
 
 def _refuse(reason: str) -> RulesError:
@@ -28,12 +30,12 @@ def _wanted(name: str) -> bool:
 
 def _read_zip(data: bytes) -> list[tuple[str, bytes]]:
     files = []
+    # Before it is opened: `zipfile` makes an object for each, half a gigabyte of a hostile archive's.
+    if data.count(_ZIP_ENTRY) > MEMBER_LIMIT:
+        raise _refuse(f"the archive has more than {MEMBER_LIMIT} files")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = archive.infolist()
-        if len(members) > MEMBER_LIMIT:
-            raise _refuse(f"the archive has more than {MEMBER_LIMIT} files")
         left = UNPACKED_LIMIT
-        for member in members:
+        for member in archive.infolist():
             if not _wanted(member.filename):
                 continue
             with archive.open(member) as opened:
@@ -78,7 +80,7 @@ def read_rule_files(data: bytes) -> list[tuple[str, bytes]]:
         if data[257:262] == b"ustar":
             return sorted(_read_tar(data))
     except (
-        EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zlib.error,
+        EOFError, NotImplementedError, OSError, RuntimeError, ValueError, lzma.LZMAError, zlib.error,
         tarfile.TarError, zipfile.BadZipFile,
     ) as fault:  # fmt: skip
         raise _refuse(f"the source is damaged: {fault}") from fault

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.x509 import Certificate
 from pydantic import TypeAdapter, ValidationError
 
 from appliance.image.bundle import (
@@ -75,7 +76,9 @@ class BundleReader:
         try:
             bundle, encoded, faults = self._read_device()
         except NoBundle:
-            return self._read_copy("")
+            floor = self._find_floor()
+            told = f"the rules bundle is gone from its partition, and serial {floor} at least is wanted"
+            return self._read_copy(told if floor else "")
         except HairpinError as fault:
             return self._read_copy(f"the rules bundle is not used: {fault.reason}")
         try:
@@ -87,7 +90,7 @@ class BundleReader:
 
     def _read_device(self) -> tuple[Bundle, bytes, tuple[str, ...]]:
         trusted = read_certificates(self._settings.certificate)
-        floor = max(self._settings.floor, self._read_seen())
+        floor = max(self._find_floor(), self._find_kept_serial(trusted))
         with open_device(self._settings.device) as partition:
             read = read_bundle(partition, trusted, floor)
             for number in range(2):
@@ -114,8 +117,8 @@ class BundleReader:
             encoded = read_bounded(self._directory / "bundle", _SLOT_LIMIT)
             trusted = read_certificates(self._settings.certificate)
             bundle = parse_slot(Bytes(encoded), trusted)
-            if bundle.header.serial < self._settings.floor:
-                raise RulesError("the copy of the bundle is older than rules.bundle.floor")
+            if bundle.header.serial < (floor := self._find_floor()):
+                raise RulesError(f"serial {bundle.header.serial} is older than {floor}")
             rules = self._parse(bundle)
         except FileNotFoundError:
             empty = SourceRules(BUNDLE, (), (), {}, ())
@@ -147,6 +150,16 @@ class BundleReader:
         self._directory.mkdir(parents=True, exist_ok=True)
         write_file(self._directory / "bundle", encoded)
         write_file(self._directory / "seen.json", _SEEN.dump_json(_Seen(bundle.header.serial)))
+
+    def _find_floor(self) -> int:
+        return max(self._settings.floor, self._read_seen())
+
+    def _find_kept_serial(self, trusted: Sequence[Certificate]) -> int:
+        """Of the copy, which is signed: the note of what was seen is nobody's word, and may be lost."""
+        with contextlib.suppress(HairpinError, OSError):
+            encoded = read_bounded(self._directory / "bundle", _SLOT_LIMIT)
+            return parse_slot(Bytes(encoded), trusted).header.serial
+        return 0
 
     def _read_seen(self) -> int:
         try:

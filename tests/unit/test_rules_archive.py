@@ -111,3 +111,33 @@ def test_too_many_files_are_refused(build: object, monkeypatch: pytest.MonkeyPat
 def test_a_damaged_archive_is_refused(data: bytes) -> None:
     with pytest.raises(RulesError, match="damaged"):
         read_rule_files(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_any_changed_byte_of_a_zip_is_an_answer(method: int) -> None:
+    """`lzma.LZMAError` is no kind of ValueError: an update ended with a traceback."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as made:
+        made.writestr("a.rules", RULE * 200)
+    data = buffer.getvalue()
+    for at in range(4, len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 0x41
+        try:
+            read_rule_files(bytes(changed))
+        except RulesError:
+            continue
+
+
+def test_the_files_of_a_zip_are_counted_before_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each takes 46 bytes in the archive and ten times as many in memory, by more than a million."""
+    data = build_zip({f"{number}": b"" for number in range(archive.MEMBER_LIMIT + 1)})
+
+    def refuse(*_: object) -> None:
+        pytest.fail("it was opened")
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(RulesError, match="more than 4000 files"):
+        read_rule_files(data)

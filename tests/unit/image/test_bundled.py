@@ -174,6 +174,48 @@ def test_a_kept_copy_is_checked_again(appliance: Appliance) -> None:
     assert "not those that were signed" in report.fault
 
 
+def read_bundle_again(appliance: Appliance, **settings: int) -> SourceReport:
+    bundle = RulesBundle(device=appliance.device, certificate=appliance.certificate, **settings)
+    return BundleReader(bundle, appliance.directory / "sources").read()[1]
+
+
+def test_an_empty_partition_where_a_bundle_is_wanted_is_told(appliance: Appliance) -> None:
+    """Sixty-four zeros in each copy, and the starter rules alone would be as good as what was refreshed."""
+    assert read_bundle_again(appliance).fault == ""
+    report = read_bundle_again(appliance, floor=50)
+    assert report.stale
+    assert report.fault.endswith("gone from its partition, and serial 50 at least is wanted")
+    appliance.write(100)
+    assert read_bundle_again(appliance).fault == ""
+    (appliance.directory / "sources" / "hairpin-bundle" / "bundle").unlink()
+    appliance.device.write_bytes(bytes(SIZE))
+    assert "serial 100 at least is wanted" in read_bundle_again(appliance).fault
+
+
+def test_a_lost_note_of_what_was_used_lets_no_older_bundle_in(appliance: Appliance) -> None:
+    appliance.write(100)
+    assert read_bundle_again(appliance).fault == ""
+    (appliance.directory / "sources" / "hairpin-bundle" / "seen.json").write_text("{")
+    appliance.write(99)
+    report = read_bundle_again(appliance)
+    assert "serial 99 is older than 100" in report.fault
+    assert report.rules == 1
+
+
+def test_an_older_copy_is_not_used_in_place_of_the_newest(appliance: Appliance) -> None:
+    kept = appliance.directory / "sources" / "hairpin-bundle" / "bundle"
+    appliance.write(99)
+    read_bundle_again(appliance)
+    old = kept.read_bytes()
+    appliance.write(100)
+    read_bundle_again(appliance)
+    kept.write_bytes(old)
+    appliance.device.write_bytes(bytes(SIZE))
+    report = read_bundle_again(appliance)
+    assert report.rules == 0
+    assert "its copy is not used: serial 99 is older than 100" in report.fault
+
+
 async def test_at_the_start_no_source_is_asked(appliance: Appliance, tmp_path: Path) -> None:
     feed = tmp_path / "own.rules"
     feed.write_text(rule(7) + "\n")

@@ -132,6 +132,89 @@ def test_a_release_is_taken_out_of_an_image(
     assert not (tmp_path / "staged").exists()
 
 
+# A release comes from outside
+
+
+def test_a_part_that_is_a_packed_image_is_not_unpacked(
+    image: Image, release: Path, tmp_path: Path
+) -> None:
+    """What is written is the file: a qcow2 in it would be checked as one thing and written as another."""
+    kernel = find_parts(release)["kernel"]
+    packed = tmp_path / "packed"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", kernel, packed)
+    shutil.copyfile(packed, kernel)
+    with stage(release, tmp_path / "staged", quiet) as files:
+        assert files["kernel"].read_bytes() == packed.read_bytes()
+        with pytest.raises(Damaged, match="no EFI program"):
+            check_release(files, image.trusted, quiet)
+
+
+@pytest.mark.parametrize("what", ["link", "directory", "pipe"])
+def test_a_part_that_is_no_file_is_refused(release: Path, tmp_path: Path, what: str) -> None:
+    """A link on a disk that was attached may lead to any other disk, and fill /var with it."""
+    root = find_parts(release)["root"]
+    moved = root.rename(tmp_path / "moved")
+    if what == "link":
+        root.symlink_to(moved)
+    elif what == "directory":
+        root.mkdir()
+    else:
+        os.mkfifo(root)
+    with pytest.raises(WrongInput), stage(release, tmp_path / "staged", quiet):
+        pass
+    assert not (tmp_path / "staged").exists()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_is_too_large_is_not_staged(release: Path, tmp_path: Path, name: str) -> None:
+    with open(find_parts(release)[name], "r+b") as opened:
+        opened.truncate(2**40)
+    with (
+        pytest.raises(ImageError, match="1099511627776 bytes, more than"),
+        stage(release, tmp_path / "staged", quiet),
+    ):
+        pass
+
+
+def test_staging_leaves_room_for_alerts(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A whole disk as the reserve: one that is nearly full is not to be had without mounting.
+    monkeypatch.setattr(update, "FREE_SHARE", 1)
+    with (
+        pytest.raises(ImageError, match="would be nearly full"),
+        stage(release, tmp_path / "staged", quiet),
+    ):
+        pass
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_place_that_can_t_be_made_is_told(release: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ImageError, match="can't be staged"),
+        stage(release, tmp_path / "file" / "staged", quiet),
+    ):
+        pass
+
+
+def test_a_directory_that_can_t_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(WrongInput, match="No such file"):
+        find_parts(tmp_path / "none")
+
+
+def test_parts_that_are_not_what_was_signed_do_not_stay(image: Image, tmp_path: Path) -> None:
+    """Who does not look at the status would put them on a disk for updates."""
+    out = tmp_path / "out"
+    argv = ["image", "extract", str(image.disk), "--output", str(out)]
+    with flipped(image.disk, image.partition("hairpin_0.1.0").offset + 9000):
+        assert run_cli([*argv, "--certificate", str(image.keys.certificate)]) == 1
+    assert list(out.iterdir()) == []
+    (out / f"hairpin_0.1.0.{PARTS['kernel']}").write_text("of somebody")
+    assert run_cli([*argv, "--certificate", str(image.keys.certificate)]) == 2
+    assert [one.read_text() for one in out.iterdir()] == ["of somebody"]
+
+
 @pytest.mark.parametrize(
     ("version", "running", "newer"),
     [
