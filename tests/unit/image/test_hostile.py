@@ -257,6 +257,20 @@ def test_a_qcow2_of_any_size_is_not_unpacked(tmp_path: Path) -> None:
         pass
 
 
+def test_a_place_where_nothing_can_be_unpacked_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    run("qemu-img", "create", "-f", "qcow2", folder / "disk.qcow2", "1M")
+    run("mount", "--bind", folder, folder)
+    try:
+        run("mount", "-o", "remount,ro,bind", folder)
+        opening = open_to_read(folder / "disk.qcow2", quiet)
+        with pytest.raises(ImageError, match="can't be unpacked"), opening:
+            pass
+    finally:
+        run("umount", folder)
+
+
 def test_a_name_is_no_protocol_and_no_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
