@@ -274,7 +274,9 @@ def refresh(
     certificate: Certificate,
     serial: Annotated[
         int | None,
-        typer.Option("--serial", min=1, help="Its serial number; the time in seconds if none."),
+        typer.Option(
+            "--serial", min=1, max=2**53 - 1, help="Its serial number; the time in seconds if none."
+        ),
     ] = None,
     suricata: Suricata = Path("/usr/bin/suricata"),
     json: options.Json = False,

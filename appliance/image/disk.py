@@ -152,7 +152,7 @@ def open_to_read(path: Path, progress: Progress) -> Iterator[Source]:
             return
         _refuse_linked(handle, path)
         _read_qcow2_size(path)
-        with tempfile.TemporaryDirectory(prefix=".hairpin-", dir=path.parent) as work:
+        with _make_room(path) as work:
             raw = Path(work) / "disk.raw"
             progress(f"unpacking {path}")
             _run_qemu(
@@ -162,6 +162,16 @@ def open_to_read(path: Path, progress: Progress) -> Iterator[Source]:
                 yield unpacked
     finally:
         os.close(handle)
+
+
+def _make_room(path: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix=".hairpin-", dir=path.parent)
+    except OSError as fault:
+        raise ImageError(
+            f"{path} can't be unpacked beside itself: {fault.strerror}",
+            f"`qemu-img convert -O raw {path} NEW` where there is room",
+        ) from fault
 
 
 @contextlib.contextmanager

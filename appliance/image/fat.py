@@ -243,6 +243,9 @@ def _read_directory(reading: _Reading, data: bytes, path: str, depth: int) -> No
         elif entry[11] & 0x3F == _LONG:
             long.append(entry)
         elif entry[11] & _VOLUME:
+            # A driver that takes no heed of the flag would see a file.
+            if path or reading.label or any(entry[20:22]) or any(entry[26:32]):
+                reading.faults.append(f"{path or '/'} has a label that may be a file")
             reading.label = entry[:11].decode("ascii", errors="replace").rstrip()
             long = []
         else:
@@ -254,7 +257,8 @@ def _take_entry(reading: _Reading, entry: bytes, name: str, path: str, depth: in
     high, _, _, low, size = struct.unpack_from("<HHHHI", entry, 20)
     first = low | (high << 16 if reading.volume.wide else 0)
     if name in (".", ".."):
-        if not depth or not entry[11] & _DIRECTORY:
+        own = entry[:11] == name.encode().ljust(11)
+        if not depth or not entry[11] & _DIRECTORY or not own:
             reading.faults.append(f"{path}/{name} is where it can't be")
         return
     whole = f"{path}/{name}"

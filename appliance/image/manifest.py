@@ -98,5 +98,5 @@ def open_manifest(data: bytes, trusted: Sequence[Certificate]) -> tuple[Manifest
         ValidationError,
         binascii.Error,
     ) as fault:
-        raise Damaged("the manifest can't be read") from fault
+        raise Damaged("the manifest can't be read", "`hairpin image sign` makes one") from fault
     return manifest, check_plain(_encode(manifest), signature, key, trusted)

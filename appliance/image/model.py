@@ -20,6 +20,13 @@ class ImageError(HairpinError):
 class Damaged(ImageError):
     """A structure is not what its format says: changed, torn or never it."""
 
+    def __init__(
+        self,
+        reason: str,
+        mend: str = "take a whole copy; `hairpin image verify` tells what differs",
+    ) -> None:
+        super().__init__(reason, mend)
+
 
 class Source(Protocol):
     """Bytes at rest: a disk, a partition, a file of a partition."""

@@ -16,6 +16,7 @@ from cryptography.x509 import Certificate
 
 from appliance.image.bundle import (
     BLOCK,
+    SERIAL_LIMIT,
     SLOTS,
     Bundle,
     BundleSource,
@@ -167,8 +168,11 @@ def find_rules_partition(disk: Source) -> Partition:
 
 
 def choose_serial(before: Read | None, now: float) -> int:
-    """The time, or one more than what is there already."""
-    return max(int(now), 1, before.bundle.header.serial + 1 if before else 0)
+    """The time, or one more than what is there already. Raises ImageError where there is no higher one."""
+    serial = max(int(now), 1, before.bundle.header.serial + 1 if before else 0)
+    if serial >= SERIAL_LIMIT:
+        raise ImageError(f"no serial number is left above {serial - 1}", "sign with another key")
+    return serial
 
 
 def read_before(partition: Source, certificate: Certificate) -> Read | None:

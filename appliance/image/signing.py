@@ -40,6 +40,13 @@ PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519Pri
 class NotTrusted(ImageError):
     """The signature is whole, but of somebody else, or it does not fit."""
 
+    def __init__(
+        self,
+        reason: str,
+        mend: str = "name who is trusted (`--certificate`), or have it signed by them",
+    ) -> None:
+        super().__init__(reason, mend)
+
 
 # RFC 2315 and RFC 5652, as far as the two kinds of signature use them; what is not declared here is refused.
 

@@ -126,7 +126,8 @@ class BundleReader:
                 BUNDLE, url, "", 0.0, rules=0, stale=bool(fault), fault=fault
             )
         except (HairpinError, OSError) as worse:
-            told = "; ".join(one for one in (fault, f"its copy is not used: {worse}") if one)
+            why = worse.reason if isinstance(worse, HairpinError) else str(worse)
+            told = "; ".join(one for one in (fault, f"its copy is not used: {why}") if one)
             empty = SourceRules(BUNDLE, (), (), {}, ())
             return empty, SourceReport(BUNDLE, url, "", 0.0, rules=0, stale=True, fault=told)
         fault = fault or "the rules bundle is gone from its partition"

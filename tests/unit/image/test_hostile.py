@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.cli import run_cli
 from appliance.image.disk import open_device_to_read, open_to_read, open_to_write
 from appliance.image.manifest import Manifest
 from appliance.image.model import SECTOR, Bytes, Damaged, ImageError
@@ -16,6 +17,7 @@ from appliance.image.pe import parse_program
 from appliance.image.signing import NotTrusted, check_program
 from appliance.image.verify import Wanted, verify_image
 from tests.support.disk_images import flipped, make_kernel, make_root, run
+from tests.support.rule_pipelines import rule
 from tests.unit.image.conftest import Image, quiet
 from tests.unit.image.test_refresh import build
 
@@ -185,6 +187,33 @@ def test_an_old_release_of_ours_in_the_other_root_is_told_before_the_image_has_r
     assert ("esp /EFI/Linux/hairpin_0.0.9.efi", "unexpected") in bad
 
 
+# A file system that drivers read in more than one way
+
+
+def change_entry(disk: Path, name: bytes, changes: dict[int, bytes]) -> None:
+    """Of the one directory entry with this short name."""
+    data = disk.read_bytes()
+    at = data.find(name)
+    assert data.count(name) == 1
+    with open(disk, "r+b") as opened:
+        for offset, new in changes.items():
+            opened.seek(at + offset)
+            opened.write(new)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_label_that_may_be_a_file_is_told(
+    image: Image, disk: Path, tmp_path: Path, ran: bool
+) -> None:
+    """The flag of a label hides a file from those who heed it, and its clusters may count as free."""
+    cred = tmp_path / "x"
+    cred.write_bytes(b"x" * 100)
+    put(image, disk, cred, "/loader/OTHER.CRE")
+    change_entry(disk, b"OTHER   CRE", {11: b"\x28"})
+    bad = find_bad(image, disk, image.manifest, ran=ran)
+    assert ("esp", "changed", "/loader has a label that may be a file") in bad
+
+
 # Rules
 
 
@@ -228,6 +257,20 @@ def test_a_qcow2_of_any_size_is_not_unpacked(tmp_path: Path) -> None:
         pass
 
 
+def test_a_place_where_nothing_can_be_unpacked_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    run("qemu-img", "create", "-f", "qcow2", folder / "disk.qcow2", "1M")
+    run("mount", "--bind", folder, folder)
+    try:
+        run("mount", "-o", "remount,ro,bind", folder)
+        opening = open_to_read(folder / "disk.qcow2", quiet)
+        with pytest.raises(ImageError, match="can't be unpacked"), opening:
+            pass
+    finally:
+        run("umount", folder)
+
+
 def test_a_name_is_no_protocol_and_no_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,3 +281,35 @@ def test_a_name_is_no_protocol_and_no_option(
             assert disk.size == 2**20
         with open_to_write(Path(name)) as disk:
             assert disk.read(0, 1) == b"\0"
+
+
+# Wrong input
+
+
+def test_a_serial_that_can_t_be_is_wrong_input(
+    image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = tmp_path / "own.rules"
+    rules.write_text(rule(77) + "\n")
+    argv = ["image", "refresh", str(disk), "--rules", str(rules), "--key", str(image.keys.key)]
+    argv += ["--certificate", str(image.keys.certificate)]
+    assert run_cli([*argv, "--serial", str(2**53)]) == 2
+    assert run_cli([*argv, "--serial", str(2**53 - 1)]) == 0
+    capsys.readouterr()
+    assert run_cli(argv) == 1
+    assert "no serial number is left" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_told_with_a_mend(
+    image: Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    certificate = ["--certificate", str(image.keys.certificate)]
+    for argv in (
+        ["rules", str(empty), *certificate],
+        ["extract", str(empty), "--output", str(tmp_path / "out"), *certificate],
+        ["verify", str(image.disk), *certificate, "--manifest", str(empty)],
+    ):
+        assert run_cli(["image", *argv]) == 1
+        assert "what to do:" in capsys.readouterr().err
