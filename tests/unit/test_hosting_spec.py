@@ -178,10 +178,10 @@ def test_what_the_first_boot_would_refuse_is_told_on_the_host(
 ) -> None:
     spec = parse_spec(change(vm={"management": {"bridge": "br-mgmt", **management}}))
     with pytest.raises(WrongInput) as told:
-        check_seed(spec, build_ports(spec, SECRET), TOKEN)
+        check_seed(spec, build_ports(spec, SECRET))
     assert [(one.path, reason in one.reason) for one in told.value.faults] == [(path, True)]
     right = parse_spec(SPEC)
-    check_seed(right, build_ports(right, SECRET), TOKEN)
+    check_seed(right, build_ports(right, SECRET))
 
 
 def test_no_secret_is_in_what_others_may_read() -> None:
