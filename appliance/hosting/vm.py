@@ -146,8 +146,14 @@ _LATER = ("api.token", "switch.ca", "switch.certificate", "switch.key")
 
 
 def render_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None, token: str) -> str:
-    """The seed as the first boot reads it (YAML)."""
-    return yaml.dump(build_seed(spec, ports, pki, token), Dumper=_Dumper, sort_keys=False)
+    """The seed as the first boot reads it (YAML).
+
+    The switch stands last, and its key at its end: a file that is cut off anywhere lacks what must be given,
+    and is never taken for one with a lane less or without a canary.
+    """
+    seed = build_seed(spec, ports, pki, token)["hairpin"]
+    seed["switch"] = seed.pop("switch")
+    return yaml.dump({"hairpin": seed}, Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -449,6 +449,20 @@ def test_of_a_seed_that_is_no_unicode_name_and_port_are_still_checked() -> None:
     assert read_seed(change("name", "\ud800")).name == "hairpin"
 
 
+@pytest.mark.parametrize(
+    ("path", "at"),
+    [
+        ("canary", "canary"),
+        ("visibility", "visibility"),
+        ("lanes.0.legC", "lanes[0].legC"),
+        ("management.gateway", "management.gateway"),
+    ],
+)
+def test_a_key_without_a_value_is_told(path: str, at: str) -> None:
+    """`canary:` at the end of a seed that was cut off is no wish to have none."""
+    assert find_faults(change(path, None)) == {at: "stands there without a value"}
+
+
 def test_keys_that_stand_twice_in_meta_data_are_told() -> None:
     offered = with_disk(change("name", ...), meta_data="local-hostname: a\nlocal-hostname: b\n")
     assert "more than once" in read_faults(offered)["disk CIDATA, meta-data, local-hostname"]
