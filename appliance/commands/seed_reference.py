@@ -92,8 +92,8 @@ serves many appliances:
 |---|---|
 {singles}
 A seed has {limit} KiB at most, is YAML or JSON, and is read strictly: unknown keys, keys given twice or without
-a value, anchors, values of another type, and credentials `hairpin.*` that are not listed here are faults. Devices are found by
-their MAC addresses, and those that the seed does not name get no address and stay down.
+a value, anchors, values of another type, and credentials `hairpin.*` that are not listed here are faults. Devices are
+found by their MAC addresses, and those that the seed does not name get no address and stay down.
 
 ## What happens
 
