@@ -80,7 +80,7 @@ def _find_empty(value: object, at: tuple[str | int, ...] = ()) -> Iterator[str]:
     """Paths of what is null: it may be where a seed was cut off, and is no way to say that there is none."""
     inner: Iterable[tuple[str | int, object]] = ()
     if isinstance(value, Mapping):
-        inner = ((show_key(key), one) for key, one in value.items())
+        inner = ((show_key(str(key)), one) for key, one in value.items())
     elif isinstance(value, list):
         inner = enumerate(value)
     elif value is None and at:
