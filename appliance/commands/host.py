@@ -63,8 +63,8 @@ def prepare(
     from appliance.hosting.vm import check_seed, render_domain, render_seed
 
     host = _read_spec(spec)
-    # With a secret and a token that stand for those to come: nothing is issued for what can't be used.
-    check_seed(host, build_ports(host, bytes(32)), "x" * 32)
+    # With a secret that stands for the one to come: nothing is issued for what can't be used.
+    check_seed(host, build_ports(host, bytes(32)))
     folder = find_folder(host, keys)
     kept = keep(host, folder, time.time(), renewed=renew)
     ports = build_ports(host, kept.secret)

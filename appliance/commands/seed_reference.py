@@ -23,7 +23,7 @@ management:
   gateway: 192.0.2.1
   dns: [192.0.2.53]
 api:
-  token: 7d1f6ad0c2b94e5f8a3c6b0e9d2f4a71
+  token: 7d1f6ad0c2b94e5f8a3c6b0e9d2f4a71    # your own: openssl rand -hex 32
   port: 8470
 switch:
   ovsdb: ssl:192.0.2.2:6640
@@ -91,15 +91,15 @@ serves many appliances:
 | credential | stands for |
 |---|---|
 {singles}
-A seed has {limit} KiB at most, is YAML or JSON, and is read strictly: unknown keys, keys given twice, anchors,
-values of another type, and credentials `hairpin.*` that are not listed here are faults. Devices are found by
-their MAC addresses, and those that the seed does not name get no address and stay down.
+A seed has {limit} KiB at most, is YAML or JSON, and is read strictly: unknown keys, keys given twice or without
+a value, anchors, values of another type, and credentials `hairpin.*` that are not listed here are faults. Devices are
+found by their MAC addresses, and those that the seed does not name get no address and stay down.
 
 ## What happens
 
 {boots}
-With a fault neither settings nor the seed's keys are left in place and no process of the product starts. The switch does what
-each policy's `onFailure` says, since no engine answers BFD. The way back to an earlier state is an earlier
+With a fault neither settings nor the seed's keys are left in place and no process of the product starts. The switch
+does what each policy's `onFailure` says, since no engine answers BFD. The way back to an earlier state is an earlier
 seed. `hairpin firstboot` ends with status 2, and what is wrong is shown, each fault with its path, its reason
 and how to mend it:
 

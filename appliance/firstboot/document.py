@@ -19,6 +19,8 @@ from steering.model import Profile
 
 PEM_LIMIT = 64 * 1024
 DEFAULT_PORT = 8470
+TOKEN_VARIETY = 8
+"""Different characters in a token: of 32 random hexadecimal digits there are about 14."""
 _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 TOKEN_LENGTH = 32
 """Characters that a token has at least: longer text is never shown, wherever it stands."""
@@ -131,6 +133,16 @@ class ManagementSeed(Document):
             local = gateway.version == 6 and gateway.is_link_local
             if own.version != gateway.version or (gateway not in own.network and not local):
                 raise ValueError(f"the gateway is not in {own.network}")
+            if (
+                own.version == 4
+                and own.network.prefixlen < 31
+                and gateway
+                in (
+                    own.network.network_address,
+                    own.network.broadcast_address,
+                )
+            ):
+                raise ValueError("the gateway is no host's address")
             if gateway == own.ip:
                 raise ValueError("the gateway has the appliance's own address")
         return self
@@ -141,7 +153,8 @@ def _check_address(value: str) -> str:
         found = ipaddress.ip_address(value)
     except ValueError as fault:
         raise ValueError("not an IP address") from fault
-    if found.is_multicast or found.is_unspecified or getattr(found, "scope_id", None):
+    nobodys = found.version == 4 and (found.is_reserved or found in _THIS_NETWORK)
+    if nobodys or found.is_multicast or found.is_unspecified or getattr(found, "scope_id", None):
         raise ValueError("not the address of a host")
     return str(found)
 
@@ -173,6 +186,13 @@ class ApiSeed(Document):
         description="The certificate's private key, not encrypted; or the credential `hairpin.api-key`.",
         examples=["(PEM)"],
     )
+
+    @field_validator("token")
+    @classmethod
+    def _token_is_no_placeholder(cls, value: str) -> str:
+        if len(set(value)) < TOKEN_VARIETY:
+            raise ValueError("too few different characters for a random token")
+        return value
 
     @model_validator(mode="after")
     def _a_certificate_has_its_key(self) -> ApiSeed:

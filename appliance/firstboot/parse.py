@@ -6,7 +6,7 @@ What is read is hostile until it got through here; no reason shows what stood at
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -50,7 +50,13 @@ def read_seed(mapping: Mapping[str, object]) -> SeedReading:
         for path in find_repeated(mapping)
     ]
     document, faults = _validate(SeedDocument, mapping)
-    faults = (*repeated, *faults)
+    told = {fault.path for fault in faults}
+    empty = [
+        Fault(path, "stands there without a value", "give it one, or leave the key out")
+        for path in _find_empty(mapping)
+        if path not in told
+    ]
+    faults = (*repeated, *faults, *empty)
     if document is not None and not faults:
         return SeedReading(document, document.name, document.management, document.api.port, ())
     wrong = [fault.path for fault in faults]
@@ -68,6 +74,19 @@ def read_seed(mapping: Mapping[str, object]) -> SeedReading:
         port=_read_field(_PORT, port, DEFAULT_PORT),
         faults=faults,
     )
+
+
+def _find_empty(value: object, at: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Paths of what is null: it may be where a seed was cut off, and is no way to say that there is none."""
+    inner: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, Mapping):
+        inner = ((show_key(str(key)), one) for key, one in value.items())
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    elif value is None and at:
+        yield render_path(at)
+    for key, one in inner:
+        yield from _find_empty(one, (*at, key))
 
 
 def _read_field(field: TypeAdapter[Any], value: object, otherwise: Any) -> Any:

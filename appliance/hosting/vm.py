@@ -126,12 +126,12 @@ def build_seed(
     }
 
 
-def check_seed(spec: HostSpec, ports: Sequence[LegPort], token: str) -> None:
+def check_seed(spec: HostSpec, ports: Sequence[LegPort]) -> None:
     """Raises WrongInput for what the first boot would refuse: then, in the VM, is late to learn of it.
 
-    Certificates are not looked at: they are issued, or added by hand, later.
+    Token and certificates are not looked at: they are issued, or added by hand, later.
     """
-    faults = read_seed(build_seed(spec, ports, None, token)["hairpin"]).faults
+    faults = read_seed(build_seed(spec, ports, None, "")["hairpin"]).faults
     told = [
         FieldError(_find_place(fault.path), f"the appliance would refuse it: {fault.reason}")
         for fault in faults
@@ -145,12 +145,18 @@ def _find_place(path: str) -> str:
     return f"vm.{path}" if path.startswith("management") else path
 
 
-_LATER = ("switch.ca", "switch.certificate", "switch.key")
+_LATER = ("api.token", "switch.ca", "switch.certificate", "switch.key")
 
 
 def render_seed(spec: HostSpec, ports: Sequence[LegPort], pki: Pki | None, token: str) -> str:
-    """The seed as the first boot reads it (YAML)."""
-    return yaml.dump(build_seed(spec, ports, pki, token), Dumper=_Dumper, sort_keys=False)
+    """The seed as the first boot reads it (YAML).
+
+    The switch stands last, and its key at its end: a file that is cut off anywhere lacks what must be given,
+    and is never taken for one with a lane less or without a canary.
+    """
+    seed = build_seed(spec, ports, pki, token)["hairpin"]
+    seed["switch"] = seed.pop("switch")
+    return yaml.dump({"hairpin": seed}, Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):

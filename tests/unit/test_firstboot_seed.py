@@ -129,6 +129,11 @@ def test_the_example_is_taken_as_yaml_and_as_json() -> None:
         ("management.gateway", "198.51.100.1", "management", "the gateway is not in 192.0.2.0/24"),
         ("management.gateway", "192.0.2.10", "management", "the gateway has the appliance's own"),
         ("management.gateway", "fe80::1", "management", "the gateway is not in"),
+        ("management.gateway", "192.0.2.0", "management", "no host's address"),
+        ("management.gateway", "192.0.2.255", "management", "no host's address"),
+        ("management.dns", ["255.255.255.255"], "management.dns", "not the address of a host"),
+        ("management.dns", ["0.0.0.1"], "management.dns", "not the address of a host"),
+        ("api.token", "changeme" * 4, "api.token", "too few different characters"),
         ("management.gateway", "router", "management.gateway", "not an IP address"),
         ("management.dns", "192.0.2.53", "management.dns", "must be a list"),
         ("management.dns", ["ns1"], "management.dns", "not an IP address"),
@@ -442,6 +447,20 @@ def test_of_a_seed_that_is_no_unicode_name_and_port_are_still_checked() -> None:
     port = read_seed({**build_seed(), "color": "\ud800", "api": {"port": 10**9}})
     assert (port.document, port.port) == (None, 8470)
     assert read_seed(change("name", "\ud800")).name == "hairpin"
+
+
+@pytest.mark.parametrize(
+    ("path", "at"),
+    [
+        ("canary", "canary"),
+        ("visibility", "visibility"),
+        ("lanes.0.legC", "lanes[0].legC"),
+        ("management.gateway", "management.gateway"),
+    ],
+)
+def test_a_key_without_a_value_is_told(path: str, at: str) -> None:
+    """`canary:` at the end of a seed that was cut off is no wish to have none."""
+    assert find_faults(change(path, None)) == {at: "stands there without a value"}
 
 
 def test_keys_that_stand_twice_in_meta_data_are_told() -> None:

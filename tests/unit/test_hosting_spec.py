@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
+from appliance.firstboot.certificates import Pair, judge_pair
 from appliance.firstboot.offer import Offered, build_mapping, read_offer
 from appliance.firstboot.parse import read_seed
 from appliance.hosting.pki import issue
@@ -178,10 +179,29 @@ def test_what_the_first_boot_would_refuse_is_told_on_the_host(
 ) -> None:
     spec = parse_spec(change(vm={"management": {"bridge": "br-mgmt", **management}}))
     with pytest.raises(WrongInput) as told:
-        check_seed(spec, build_ports(spec, SECRET), TOKEN)
+        check_seed(spec, build_ports(spec, SECRET))
     assert [(one.path, reason in one.reason) for one in told.value.faults] == [(path, True)]
     right = parse_spec(SPEC)
-    check_seed(right, build_ports(right, SECRET), TOKEN)
+    check_seed(right, build_ports(right, SECRET))
+
+
+def test_a_seed_that_is_cut_off_is_never_taken() -> None:
+    spec = parse_spec(SPEC)
+    pki = issue(spec.name, spec.names, spec.address, 1_800_000_000.0)
+    text = render_seed(spec, build_ports(spec, SECRET), pki, TOKEN).rstrip()
+
+    def is_taken(part: str) -> bool:
+        offer, faults = read_offer(Offered({"hairpin.seed": part.encode()}))
+        document = read_seed(build_mapping(offer)).document
+        if faults or document is None:
+            return False
+        # A key that is cut off is found later, by who reads it.
+        pair = Pair(document.switch.certificate, document.switch.key)
+        return not judge_pair("switch", pair, 1_800_000_000.0, "client").faults
+
+    ends = [place for place, char in enumerate(text) if char == "\n"]
+    assert [place for place in ends if is_taken(text[:place])] == []
+    assert is_taken(text)
 
 
 def test_no_secret_is_in_what_others_may_read() -> None:

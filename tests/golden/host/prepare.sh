@@ -100,16 +100,6 @@ hairpin:
       (API certificate)
     key: |
       (API key)
-  switch:
-    bridge: br-int
-    ovsdb: ssl:192.0.2.10:6640
-    openflow: ssl:192.0.2.10:6653
-    ca: |
-      (CA certificate)
-    certificate: |
-      (our certificate)
-    key: |
-      (our key)
   lanes:
   - profile: prevent
     vlan: 3901
@@ -133,6 +123,16 @@ hairpin:
   canary:
     interface: hp-canary
     mac: 02:ef:32:53:bc:0b
+  switch:
+    bridge: br-int
+    ovsdb: ssl:192.0.2.10:6640
+    openflow: ssl:192.0.2.10:6653
+    ca: |
+      (CA certificate)
+    certificate: |
+      (our certificate)
+    key: |
+      (our key)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
 [ ! -e /etc/hairpin-host/hairpin-seed.yaml ] || cmp -s /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/hairpin-host/hairpin-seed.yaml.new; refuse '/etc/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
