@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from appliance.lab.network import find_namespaces
 from appliance.lab.plan import ROOT, LabState
 from appliance.lab.processes import find_lab_processes
 from appliance.lab.services import build_env
-from steering.errors import HairpinError
+from steering.errors import CommandFailed, HairpinError
 from steering.run import Finished, run
 
 T = TypeVar("T")
@@ -84,14 +85,19 @@ class Stage:
         vm = self.state.vm(attempt.target)
         return vm.address4 if attempt.version == "IPv4" else vm.address6
 
-    def run_hairpin(self, *argv: str, timeout: float = 60.0) -> Any:
+    def run_hairpin(
+        self, *argv: str, timeout: float = 60.0, statuses: tuple[int, ...] = (0,)
+    ) -> Any:
         """A command of the product with --json, as a user runs it; its document.
 
-        Raises CommandFailed with what it printed.
+        Raises CommandFailed with what it printed, when it ends with none of ``statuses``.
         """
         env = {**build_env(), **self.state.client_env}
         command = [*self.state.client_argv, sys.executable, "-m", "appliance.cli", *argv, "--json"]
-        return json.loads(run(command, timeout=timeout, env=env).stdout)
+        ended = run(command, timeout=timeout, env=env, check=False)
+        if ended.status not in statuses or not ended.stdout.startswith("{"):
+            raise CommandFailed(shlex.join(command), ended.status, ended.stderr or ended.stdout)
+        return json.loads(ended.stdout)
 
     def try_it(self, attempt: Attempt, seconds: int = ANSWER_SECONDS) -> Answer:
         """Make a request from inside the source VM, and what came of it."""
