@@ -38,8 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def place(item: pytest.Item) -> int:
         if item.get_closest_marker("side_by_side") is not None:
-            return 0 if several else 2
-        return 3 if item.get_closest_marker("lab") is not None else 1
+            if not several:
+                return 3
+            return 0 if item.get_closest_marker("slow") is not None else 1
+        return 4 if item.get_closest_marker("lab") is not None else 2
 
     items.sort(key=place)
     for item in items:

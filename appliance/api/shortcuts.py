@@ -64,7 +64,10 @@ class ShortcutList(ApiDocument):
 
 
 class ShortcutReport(ApiDocument):
-    """How many connections are inspected again. ``seconds``: until the switch had taken it."""
+    """How many connections are inspected again, of those that a look found before: on a switch that answers
+
+    slowly, of those that are a second old. ``seconds``: until the switch had taken it, the look included.
+    """
 
     returned: Count
     seconds: float = Field(ge=0)

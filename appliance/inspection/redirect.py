@@ -173,7 +173,11 @@ async def write_redirection(lane: Lane, shut: Callable[[], None]) -> RedirectRep
             if left := await _find_faults(device, target):
                 return RedirectReport(f"filter: {'; '.join(left)}", tuple(changes))
     except CommandFailed as fault:
-        return RedirectReport(f"filter: {fault.reason}", tuple(changes))
+        # The device may have gone meanwhile, for which `tc` has other words.
+        with contextlib.suppress(NetlinkError, OSError):
+            links = {target: (await asyncio.to_thread(_find_links, (target,)))[0]}
+        off = find_carrier_fault(target, links[target]) or f"filter: {fault.reason}"
+        return RedirectReport(off, tuple(changes))
     if changes:
         log.info("redirection changed", lane=lane.name, changes=changes, off=off)
     return RedirectReport(off, tuple(changes))

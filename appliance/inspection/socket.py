@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from steering.errors import HairpinError
 PROTOCOL_VERSION = "0.2"
 REPLY_LIMIT = 8 * 2**20
 """Longest reply taken, in bytes; 20,000 failed rules fit."""
+FULL_SECONDS = 0.02
+"""Between two tries to connect to an engine whose backlog is full."""
 
 
 class EngineSilent(HairpinError):
@@ -186,6 +189,27 @@ def check_reload(
     return tuple(faults)
 
 
+async def _connect(path: Path) -> socket.socket:
+    """Connected, however long the engine takes to accept others first. Raises OSError.
+
+    An engine that loads rules accepts nobody for seconds, and two fill its backlog. connect(2) says EAGAIN
+    then, and nothing is under way; asyncio takes it for EINPROGRESS, and the first write is told
+    "Connection lost".
+    """
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                link.connect(str(path))
+            except BlockingIOError:
+                await asyncio.sleep(FULL_SECONDS)
+            else:
+                return link
+    except BaseException:
+        link.close()
+        raise
+
+
 class EngineSocket:
     """One engine's command socket; a connection of its own for every command.
 
@@ -218,7 +242,8 @@ class EngineSocket:
             ) from fault
 
     async def _exchange(self, command: str, arguments: Mapping[str, object] | None) -> object:
-        reader, writer = await asyncio.open_unix_connection(self.path, limit=REPLY_LIMIT)
+        link = await _connect(self.path)
+        reader, writer = await asyncio.open_unix_connection(sock=link, limit=REPLY_LIMIT)
         try:
             await self._send(writer, {"version": PROTOCOL_VERSION})
             parse_reply(await reader.readuntil(b"\n"), "version")

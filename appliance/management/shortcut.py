@@ -53,6 +53,8 @@ APART_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 ENGINES_SECONDS = 1.0
 AT_ONCE = 16
+LOOK_SECONDS = 0.02
+"""An operator's return waits so long for a look at what it ends; others go to the switch beside theirs."""
 MOST_LINES = 2_000
 """Returns that would take more deletes than that send back all of their policies instead."""
 
@@ -369,23 +371,34 @@ class ShortcutWork:
     ) -> tuple[tuple[TakenConnection, ...], float]:
         """Raises SwitchError."""
         known = {one.id: one for one in self._watch.connections}
-        returning = asyncio.create_task(self._reconciler.return_shortcuts(wanted))
-        try:
-            await asyncio.sleep(0)  # the return goes first, and the look beside it
+        if cause is Cause.OPERATOR:  # who waits for the count, and has 50 ms for the return
+            seen, waited = await self._peek(LOOK_SECONDS)
+            seconds = waited + await self._reconciler.return_shortcuts(wanted)
+        else:
+            returning = asyncio.create_task(self._reconciler.return_shortcuts(wanted))
             try:
-                seen = {one.id: one for one in await self._watch.peek()}
-            except HairpinError as fault:
-                log.debug("not looked at before", reason=fault.reason)
-                seen = {}
-            seconds = await returning
-        finally:
-            returning.cancel()
+                await asyncio.sleep(0)  # the return goes first, and the look beside it
+                seen, _ = await self._peek(None)
+                seconds = await returning
+            finally:
+                returning.cancel()
         # The look may come too late for those: then the one before it, a second old, tells of them.
-        found = find_named(wanted, (known | seen).values())
+        found = find_named(wanted, (known | {one.id: one for one in seen}).values())
         if found:
             self._watch.note_returned(found)
             await self._tell(cause, why, found, seconds)
         return found, seconds
+
+    async def _peek(self, seconds: float | None) -> tuple[tuple[TakenConnection, ...], float]:
+        """Those on the switch now, or none where it does not answer in time; and how long it took."""
+        began = time.monotonic()
+        seen: tuple[TakenConnection, ...] = ()
+        try:
+            async with asyncio.timeout(seconds):
+                seen = await self._watch.peek()
+        except (HairpinError, TimeoutError) as fault:
+            log.debug("not looked at before", reason=str(fault))
+        return seen, time.monotonic() - began
 
     async def _tell(
         self,

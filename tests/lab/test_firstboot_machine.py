@@ -20,7 +20,7 @@ from appliance.firstboot.faults import read_report
 from appliance.settings import read_settings
 from tests.support.seed import TOKEN, build_seed, change
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 ROOT = Path(__file__).resolve().parents[2]
 MACS = (
     "52:54:00:10:00:01",

@@ -42,7 +42,7 @@ from tests.support.shortcut_world import VMS, build_policies, find_mac
 from tests.support.tls_switch import find_free_ports
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 
 _ROW = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

@@ -28,7 +28,7 @@ from tests.support.shortcut_world import LANES, VMS, build_policies, find_mac
 from tests.support.tls_switch import TlsSwitch, open_tls_switch
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 OFPORTS = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
 ADDRESSES = {f"vm-{vm}": (f"10.0.0.{vm}", f"fd00::{vm}") for vm in VMS}

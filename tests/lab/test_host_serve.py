@@ -32,7 +32,7 @@ from tests.support.tls_switch import (
 )
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 OFPORTS = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
 

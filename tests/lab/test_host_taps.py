@@ -10,7 +10,7 @@ import pytest
 
 from steering.run import run
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 
 def test_kept_taps_carry_frames_in_each_life_of_the_vm() -> None:

@@ -43,7 +43,7 @@ from tests.support.tls_switch import (
 )
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 DAY = 86400.0
 ECHO = b'{"id":0,"method":"echo","params":[]}'

@@ -15,7 +15,7 @@ from steering.pipeline import CookieKind, build_cookie
 from tests.support.shortcut_world import World, build_policies, open_world
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 OTHER = build_policies(Shortcut(Trigger.TEN_MEGABYTES, max_flows=20))
 SHUT = frozenset({"vm-1"})

@@ -188,6 +188,7 @@ async def test_a_shortcut_from_its_policy_to_its_return(service: Service) -> Non
     await ask(client.remove_quarantine, "host-3")
     await world.wait_taught()
     await open_both()
+    assert await find_ports() == [40_000, 50_000]
     report = await ask(client.return_shortcuts, {"policy": "quiet"})
     assert report.returned == 1
     (one,) = (await ask(client.find_shortcuts, {})).items

@@ -123,10 +123,17 @@ class ShortcutLab(LaneLab):
 
     def by_leg_c(self, cookie: int) -> int:
         """Packets that came back by leg C: cookie 0xc0 and the priority in the tag, 0xcf a SYN."""
+        return self.all_by_leg_c().get(cookie, 0)
+
+    def all_by_leg_c(self) -> dict[int, int]:
+        """The same for each cookie that there is."""
         # The userspace datapath's figures come to the flows twice a second, or when asked for.
         self._settle()
-        shown = run(self.state.ofctl_argv(["dump-flows", f"cookie={cookie}/-1"])).stdout
-        return sum(int(count) for count in re.findall(r"n_packets=(\d+)", shown))
+        shown = run(self.state.ofctl_argv(["dump-flows", "cookie=0xc0/0xfffffffffffffff0"])).stdout
+        found: dict[int, int] = {}
+        for cookie, count in re.findall(r"cookie=(0x[0-9a-f]+),.* n_packets=(\d+)", shown):
+            found[int(cookie, 16)] = found.get(int(cookie, 16), 0) + int(count)
+        return found
 
     def _settle(self) -> None:
         run(["ovs-appctl", "-t", str(self.state.vswitchd), "revalidator/wait"])
