@@ -38,10 +38,10 @@ from appliance.lab.vm_lab import (
 )
 from steering.errors import CommandFailed, HairpinError
 
-BOOT_SECONDS = 600.0
+BOOT_SECONDS = 900.0
 """Under TCG on two busy cores; on idle ones it takes a fifth."""
 API_SECONDS = 180.0
-HEALTH_SECONDS = 240.0
+HEALTH_SECONDS = 300.0
 AGED = ("they count as fresh for", "old they are can't be told")
 HELD_SECONDS = 5.0
 PING_EVERY = 0.05

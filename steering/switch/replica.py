@@ -143,17 +143,20 @@ class Replica:
         self._ports: tuple[CopiedPort, ...] = ()
         self._tables = ("", "")
         self._live: dict[str, bool] = {}
+        self._is_whole = True
 
     @property
     def control(self) -> Path:
         return self._directory / "vswitchd.ctl"
 
     async def open(self) -> None:
-        """Have it run; anew, and empty, if it ended. Raises SwitchError."""
-        if self._processes and all(one.returncode is None for one in self._processes):
+        """Have it run; anew, and empty, if it ended or its ports are not known. Raises SwitchError."""
+        running = self._processes and all(one.returncode is None for one in self._processes)
+        if running and self._is_whole:
             return
         await self.close()
         self._ports, self._tables, self._live = (), ("", ""), {}
+        self._is_whole = True
         try:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory.mkdir(mode=0o700, parents=True)
@@ -270,7 +273,10 @@ class Replica:
         )
         argv = build_port_commands(self._bridge, self._ports, ports)
         if argv:
+            # One that was given up is none the less done, sooner or later.
+            self._is_whole = False
             self._vsctl(*argv)
+            self._is_whole = True
             for name in {port.name for port in set(self._ports) ^ set(ports)}:
                 self._live.pop(name, None)
             self._ports = ports

@@ -160,6 +160,25 @@ async def test_a_copy_that_was_killed_is_made_anew(bench: Bench) -> None:
     assert sum_up(by_copy) == sum_up(by_itself)
 
 
+async def test_a_copy_that_was_too_slow_once_is_made_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ports came after they were given up, and all later copies failed: they were there already."""
+    await bench.replica.open()
+    vswitchd = bench.replica._processes[1]
+    prover = Prover(bench.replica, bench.tls.openflow, tls=bench.tls.ours)
+    vswitchd.send_signal(signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as hurried:
+            hurried.setattr("steering.switch.replica.SECONDS", 2.0)
+            with pytest.raises(SwitchError, match="could not be copied"):
+                await bench.prove(prover, up=True)
+    finally:
+        vswitchd.send_signal(signal.SIGCONT)
+    by_itself, by_copy = await bench.prove_both()
+    assert sum_up(by_copy) == sum_up(by_itself)
+
+
 async def test_a_switch_that_is_away_gives_no_ledger_but_the_reason(bench: Bench) -> None:
     await bench.prove_both()
     bench.tls.vsctl("del-manager", "--", "del-controller", BRIDGE)

@@ -14,6 +14,7 @@ from appliance.lab.demo_policies import build_documents
 from appliance.lab.demo_report import Check, render_summary
 from appliance.lab.demo_vm import DEMO, STEPS
 from appliance.lab.demo_vm_fast import LET_GO, POLICY, read_transfer, render_shortcut_policy
+from appliance.lab.demo_vm_steps import find_faults
 from appliance.lab.plan import LabState
 from appliance.lab.qemu import build_argv
 from appliance.lab.store import parse_state, render_state
@@ -26,6 +27,7 @@ from appliance.lab.vm_plan import (
     find_image,
     parse_domain,
 )
+from appliance.rules.age import DAY, RulesAge, judge_age
 from steering.coverage import build_coverage
 from steering.decide import resolve_machines
 from steering.errors import HairpinError
@@ -140,6 +142,26 @@ def test_the_policy_with_a_shortcut_is_for_one_pair_only() -> None:
     by_policy = {pair: {service.policy for service in one.services} for pair, one in pairs.items()}
     assert {pair for pair, names in by_policy.items() if POLICY in names} == {LET_GO}
     assert f"{POLICY} leaves inspection after 1MB" in str(pairs[LET_GO].gap)
+
+
+def build_health(*reasons: str, inspecting: bool = True, switch: str = "ok") -> dict[str, object]:
+    lanes = [{"name": "prevent", "inspecting": inspecting}]
+    return {
+        "components": {"switch": {"status": switch}, "lanes": lanes},
+        "problems": [{"reason": reason} for reason in reasons],
+    }
+
+
+def test_only_the_age_of_an_image_s_rules_is_no_fault() -> None:
+    starter = RulesAge(0.0, "starter", starter_only=True)
+    old = judge_age(starter, 90 * DAY, 30 * DAY)
+    early = judge_age(starter, -DAY, 30 * DAY)
+    assert old
+    assert early
+    assert find_faults(build_health(old, early)) == []
+    assert find_faults(build_health(old, "its canary was lost")) == ["its canary was lost"]
+    assert find_faults(build_health(inspecting=False)) == ["lane prevent does not inspect"]
+    assert find_faults(build_health(switch="failing")) == ["the switch"]
 
 
 def test_it_shows_all_that_the_demonstration_without_a_vm_shows_of_policies() -> None:
