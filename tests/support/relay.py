@@ -12,6 +12,8 @@ CHUNK = 65536
 
 def main(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), 10) as link:
+        # With its timeout it would not block, and a full buffer would be an error.
+        link.setblocking(True)
         ours = {0: link.fileno(), link.fileno(): 1}
         while True:
             for source in select.select(list(ours), [], [])[0]:

@@ -37,7 +37,7 @@ from tests.vm.test_image_boot import DISK_BYTES, Inside, parse_facts
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 RULE = 'alert tcp any any -> any any (msg:"of the bundle"; content:"of-the-bundle"; sid:1999001; rev:1;)\n'
-BUNDLE = "hairpin-bundle"
+BUNDLE = "hairpin/bundle"
 DAYS_OFF = 30
 READY_SECONDS = 1200.0
 """To an engine with rules: several programs start and two rulesets are tried, under TCG beside others."""
@@ -214,7 +214,7 @@ def test_after_a_month_off_it_inspects_and_says_that_its_rules_are_old(
     assert health.status != "ok"
     assert health.components.rules.status == "degraded"
     reasons = [one.reason for one in health.problems]
-    assert any("hairpin-bundle were last read 30 days ago" in one for one in reasons), reasons
+    assert any(f"of {BUNDLE} were last read 30 days ago" in one for one in reasons), reasons
 
 
 def test_a_bundle_that_was_damaged_since_is_told_and_the_kept_one_used(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from appliance.image.boots import (
     render_failed,
     write_versions,
 )
+from appliance.management.health import build_health
+from appliance.rules.model import RulesState
+from tests.unit.test_rules_age import build_facts
 
 
 @pytest.mark.parametrize(
@@ -89,3 +93,16 @@ def test_health_reads_what_root_wrote(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
     path.write_text('{"versions": 1}')
     assert read_versions(path) == ()
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_health_is_degraded_by_a_version_that_was_tried_and_failed(failed: bool) -> None:
+    names = ["hairpin_0.1.0.efi", "hairpin_0.2.0+0-3.efi" if failed else "hairpin_0.2.0+3-0.efi"]
+    facts = build_facts(RulesState((), None), None)
+    health = build_health(replace(facts, boots=judge_boots(names, "0.1.0", None)))
+    told = [one for one in health.problems if "0.2.0" in one.reason]
+    assert bool(told) is failed
+    if failed:
+        assert told[0].reason.startswith("version 0.2.0 was tried 3 times and failed, 0.1.0 runs")
+        assert "docs/update.md" in told[0].mend
+        assert health.status != "ok"
