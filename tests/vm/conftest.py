@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from appliance.cli import run_cli
 from tests.support.qemu import Vm, VmSpec, missing_tools, run_vm
+from tests.support.vm_seed import write_iso
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "image-build/out"
@@ -36,6 +40,36 @@ def keys() -> tuple[Path, Path]:
     if not (at / "image.key").exists():
         pytest.fail(f"no {at}/image.key: the tests sign rules with the key of a development image")
     return at / "image.key", at / "image.crt"
+
+
+@pytest.fixture(scope="session")
+def newer(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image once more, of the next version; HAIRPIN_NEXT_IMAGE names one that is there."""
+    if named := os.environ.get("HAIRPIN_NEXT_IMAGE"):
+        return Path(named)
+    out = tmp_path_factory.mktemp("newer")
+    major, minor, patch = re.findall(r"\d+", image.name)[:3]
+    version = f"{major}.{minor}.{int(patch) + 1}"
+    subprocess.run(
+        [str(ROOT / "image-build/build.sh")],
+        env={**os.environ, "OUT": str(out), "VERSION": version},
+        check=True,
+        timeout=1700,
+        capture_output=True,
+    )
+    return out / f"hairpin_{version}.raw"
+
+
+@pytest.fixture(scope="session")
+def update_disk(
+    newer: Path, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """As docs/update.md has it made."""
+    at = tmp_path_factory.mktemp("release")
+    argv = ["image", "extract", str(newer), "--output", str(at / "parts")]
+    assert run_cli([*argv, "--certificate", str(keys[1])]) == 0
+    parts: dict[str, str | Path] = {path.name: path for path in (at / "parts").iterdir()}
+    return write_iso(at / "update.iso", parts, "HAIRPIN_UPDATE")
 
 
 @pytest.fixture

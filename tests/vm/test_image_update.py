@@ -7,31 +7,23 @@ and canaries are blocked. What fails the first trial is a leg whose link is down
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from appliance.cli import run_cli
 from appliance.lab import lifecycle
 from appliance.lab.plan import LabState
 from appliance.lab.vm_lab import bring_up_vm, build_spec
 from steering.run import run
-from tests.support.qemu import Vm, can_use_kvm, run_vm
-from tests.support.vm_probe import BEGIN, END, build_probe
-from tests.support.vm_seed import write_iso
-from tests.vm.test_image_boot import parse_facts
+from tests.support.qemu import can_use_kvm, run_vm
+from tests.support.vm_probe import build_probe
+from tests.vm.updates import LINUX, Life, find_version, render_wait
 
 pytestmark = [pytest.mark.vm, pytest.mark.lab, pytest.mark.timeout(5400)]
 
-ROOT = Path(__file__).resolve().parents[2]
 LAB = "imgup"
-LIFE_SECONDS = 1500.0
-"""Of one boot, to what is waited for in it: under TCG on two busy cores."""
 # The shipped unit waits 240 s, by when an emulated appliance beside others does not always inspect.
 PATIENT = """[Service]
 ExecStart=
@@ -39,7 +31,6 @@ ExecStart=/usr/bin/hairpin image check --seconds 900 --faults /run/hairpin-confi
 TimeoutStartSec=1200
 """
 RECORD = "/var/lib/hairpin-boot/trial.json"
-LINUX = "/boot/EFI/Linux"
 
 
 def write_script(new: str) -> str:
@@ -48,21 +39,22 @@ def write_script(new: str) -> str:
     The boot loader would give three tries: it is left one.
     """
     kernel = f"{LINUX}/hairpin_{new}"
-    wait = "n=0; while [ $n -lt 1400 ] && {}; do sleep 1; n=$((n+1)); done"
-    told = "hairpin health --json > /tmp/health.json 2>/dev/null; ! grep -q 'was tried' /tmp/health.json"
+    told = (
+        "hairpin health --json > /tmp/health.json 2>/dev/null; grep -q 'was tried' /tmp/health.json"
+    )
     facts = f"echo [kernels] $(ls {LINUX}); echo [boots] $(cat /run/hairpin-boot/versions.json)"
     unit = "$(systemctl show -P Result hairpin-update.service)"
+    idle = "! systemctl is-active hairpin-update | grep -q activating"
     first = (
-        f"{wait.format(f'! [ -e {kernel}+3-0.efi ]')}; "
-        + f"{wait.format('systemctl is-active hairpin-update.service | grep -q activating')}; "
-        + f"echo [update] {unit}; {facts}; mv {kernel}+3-0.efi {kernel}+1-0.efi; sync; echo [phase] first"
+        f"{render_wait(f'[ -e {kernel}+3-0.efi ]', idle)}; echo [update] {unit}; {facts}; "
+        f"mv {kernel}+3-0.efi {kernel}+1-0.efi; sync"
     )
     returned = (
-        f"{wait.format(told)}; {facts}; echo [update] {unit}; "
-        + "echo [reason] $(grep 'was tried' /tmp/health.json); "
-        + f"mv {kernel}+0-1.efi {kernel}+1-0.efi; sync; echo [phase] returned"
+        f"{render_wait(told)}; {facts}; echo [update] {unit}; "
+        "echo [reason] $(grep 'was tried' /tmp/health.json); "
+        f"mv {kernel}+0-1.efi {kernel}+1-0.efi; sync"
     )
-    tried = f"{wait.format(f'! [ -e {kernel}.efi ]')}; {facts}; echo [phase] kept"
+    tried = f"{render_wait(f'[ -e {kernel}.efi ]')}; {facts}"
     running = "$(sed -n 's/^IMAGE_VERSION=//p' /etc/os-release)"
     return "\n".join(
         (
@@ -76,34 +68,6 @@ def write_script(new: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def newer(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The image once more, of the next version; HAIRPIN_NEXT_IMAGE names one that is there."""
-    if named := os.environ.get("HAIRPIN_NEXT_IMAGE"):
-        return Path(named)
-    out = tmp_path_factory.mktemp("newer")
-    major, minor, patch = re.findall(r"\d+", image.name)[:3]
-    version = f"{major}.{minor}.{int(patch) + 1}"
-    subprocess.run(
-        [str(ROOT / "image-build/build.sh")],
-        env={**os.environ, "OUT": str(out), "VERSION": version},
-        check=True,
-        timeout=1700,
-        capture_output=True,
-    )
-    return out / f"hairpin_{version}.raw"
-
-
-@pytest.fixture(scope="module")
-def disk(newer: Path, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As docs/update.md has it made."""
-    at = tmp_path_factory.mktemp("release")
-    argv = ["image", "extract", str(newer), "--output", str(at / "parts")]
-    assert run_cli([*argv, "--certificate", str(keys[1])]) == 0
-    parts: dict[str, str | Path] = {path.name: path for path in (at / "parts").iterdir()}
-    return write_iso(at / "update.iso", parts, "HAIRPIN_UPDATE")
-
-
-@pytest.fixture(scope="module")
 def lab(image: Path) -> Iterator[LabState]:
     try:
         yield bring_up_vm(LAB, image, kvm=can_use_kvm(), vms=2)
@@ -111,32 +75,14 @@ def lab(image: Path) -> Iterator[LabState]:
         lifecycle.take_down(LAB)
 
 
-@dataclass
-class Life:
-    """A machine, and where on its console its last boot began."""
-
-    vm: Vm
-    read: int = 0
-
-    def wait(self) -> dict[str, str]:
-        """What the next probe that ends tells; one that is broken off by a restart is passed over."""
-        end = END.format("life")
-        self.vm.wait_for(re.escape(end), LIFE_SECONDS, after=self.read)
-        text = self.vm.read_console()
-        at = text.index(end, self.read)
-        facts = text[text.rindex(BEGIN.format("life"), 0, at) : at]
-        self.read = at + len(end)
-        return parse_facts(facts)
-
-
 @pytest.fixture(scope="module")
 def story(
-    image: Path, newer: Path, disk: Path, lab: LabState
+    image: Path, newer: Path, update_disk: Path, lab: LabState
 ) -> Iterator[tuple[str, str, list[dict[str, str]], str]]:
     """Versions, what each life told, and the whole console."""
-    old, new = (path.name.removeprefix("hairpin_").removesuffix(".raw") for path in (image, newer))
+    old, new = find_version(image), find_version(newer)
     probe = build_probe("life", write_script(new))
-    shipped = replace(build_spec(lab), drives=(disk,), credentials=probe)
+    shipped = replace(build_spec(lab), drives=(update_disk,), credentials=probe)
     unit = "systemd.unit-dropin.hairpin-boot-check.service"
     patient = replace(shipped, credentials={**probe, unit: PATIENT.format(record=RECORD)})
     leg = next(one.leg_a for one in lab.lanes)
