@@ -25,6 +25,7 @@ STARTERS = {
     "appliance/lab/expose.py",
     "appliance/lab/lifecycle.py",
     "appliance/lab/processes.py",
+    "appliance/lab/qemu.py",
     "appliance/visibility/main.py",
     "appliance/visibility/observer.py",
 }
