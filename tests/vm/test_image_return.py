@@ -33,8 +33,7 @@ def write_script(new: str) -> str:
     returned = f"{reported}; {again}; {result}; {facts}"
     return "\n".join(
         (
-            "v=$(sed -n 's/^IMAGE_VERSION=//p' /etc/os-release)",
-            "echo [version] $v",
+            ". /etc/os-release; v=$IMAGE_VERSION; echo [version] $v",
             # The trial: the check restarts the machine.
             f"if [ $v = {new} ]; then sleep 3000; fi",
             f"if [ -e {kernel}+0-1.efi ]; then {returned}; else {first}; fi",

@@ -55,12 +55,10 @@ def write_script(new: str) -> str:
         f"mv {kernel}+0-1.efi {kernel}+1-0.efi; sync"
     )
     tried = f"{render_wait(f'[ -e {kernel}.efi ]')}; {facts}"
-    running = "$(sed -n 's/^IMAGE_VERSION=//p' /etc/os-release)"
     return "\n".join(
         (
             "export HOME=/tmp",
-            f"v={running}",
-            "echo [version] $v",
+            ". /etc/os-release; v=$IMAGE_VERSION; echo [version] $v",
             f"if [ $v = {new} ]; then {tried}; "
             f"elif ls {LINUX} | grep -q '{new}+0-1'; then {returned}; else {first}; fi",
         )
