@@ -82,6 +82,16 @@ def _read_largest(stage: Stage, above: int) -> int:
     return largest if largest > above else 0
 
 
+def _read_state(stage: Stage) -> str:
+    """What the engine of the inspected lane says of super-packets: on, ready or off."""
+    found = re.search(
+        r'^hairpin_lane_super_packets\{lane="prevent",state="(\w+)"\} 1',
+        read_metrics(stage.state),
+        re.MULTILINE,
+    )
+    return "not told" if found is None else found[1]
+
+
 def run_fast(stage: Stage) -> Iterator[Check]:
     """(f) What the engine is given, how large, and what the switch passes by itself."""
     stage.say("(f) a large download, inspected, and let go after a megabyte")
@@ -105,7 +115,7 @@ def run_fast(stage: Stage) -> Iterator[Check]:
         "f",
         f"download, {' -> '.join(INSPECTED)}, inspected",
         "super-packets",
-        f"{moved}; largest packet in the engine: {largest} bytes",
+        f"{moved}; largest packet in the engine: {largest} bytes ({_read_state(stage)})",
         moved.status == 200 and moved.size == BULK_BYTES and largest > USUAL_PACKET,
     )
     file_path = stage.directory / "policies-bulk.yaml"

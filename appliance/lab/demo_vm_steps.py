@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from appliance.lab.demo_failure import (
@@ -23,10 +24,12 @@ from appliance.lab.demo_report import Check, render_seconds
 from appliance.lab.demo_stage import Stage, wait_until
 from appliance.lab.demo_steps import find_pair, is_alert_of
 from appliance.lab.hypervisor import find_forwarding_legs
+from appliance.lab.plan import APPLIANCE_ADDRESS
 from appliance.lab.qemu import can_use_kvm
 from appliance.lab.vm_lab import (
     end_vm,
     fetch_certificate,
+    find_certificate_fault,
     find_switch_changes,
     is_vm_running,
     read_fingerprint,
@@ -82,15 +85,23 @@ def run_boot(stage: Stage) -> Iterator[Check]:
         f"lanes after {forwarding:.0f} s; health after {time.monotonic() - began:.0f} s: {words}",
         fine,
     )
-    shown = read_fingerprint(state.api_certificate)
-    told = shown in read_vm_console(state)
+    shown = find_shown(stage)
+    fault = find_certificate_fault(state, shown)
+    fingerprint = read_fingerprint(shown)
+    told = fingerprint in read_vm_console(state)
     yield Check(
         "",
         "the API's certificate",
-        "as on the console",
-        f"SHA-256 {shown[:23]}..., {'on' if told else 'NOT on'} the console",
-        bool(shown) and told,
+        "by the host's CA",
+        f"{fault or f'for {APPLIANCE_ADDRESS}, by the CA that was issued with the host'}; "
+        f"its SHA-256 {'on' if told else 'NOT on'} the console",
+        not fault and told,
     )
+
+
+def find_shown(stage: Stage) -> Path:
+    """Where the certificate is kept that the API showed."""
+    return stage.directory / "shown.pem"
 
 
 def _all_forward(stage: Stage) -> bool:
@@ -100,7 +111,7 @@ def _all_forward(stage: Stage) -> bool:
 def _fetch(stage: Stage) -> bool:
     certificate = fetch_certificate(stage.state)
     if certificate:
-        stage.state.api_certificate.write_text(certificate)
+        find_shown(stage).write_text(certificate)
     return bool(certificate)
 
 
