@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,7 @@ def _make(state: LabState, disk: Path, kvm: bool, progress: Progress) -> LabStat
     hypervisor.create_plain_bridge(state)
     check_reachable(state)
     (state.directory / "host.yaml").write_text(render_host(state, kvm=kvm))
-    (state.directory / "switch-before.json").write_text(
-        json.dumps(_as_document(read_switch(state)))
-    )
+    (state.directory / "switch-before.json").write_text(json.dumps(asdict(read_switch(state))))
     progress("hairpin host prepare --apply")
     report = run_on_host(state, "prepare", "--keys", str(state.keys_dir))
     # The script holds private keys; the domain is what QEMU is started from.
@@ -152,14 +150,10 @@ def read_switch(state: LabState) -> Switch:
     )
 
 
-def _as_document(switch: Switch) -> dict[str, str]:
-    return {name: getattr(switch, name) for name in Switch.__slots__}
-
-
 def find_switch_changes(state: LabState) -> list[str]:
     """What of the switch is not as it was before `hairpin host prepare`."""
     before = json.loads((state.directory / "switch-before.json").read_text())
-    after = _as_document(read_switch(state))
+    after = asdict(read_switch(state))
     return [name for name, text in before.items() if after[name] != text]
 
 

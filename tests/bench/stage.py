@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 
 from appliance import lab as the_lab
+from appliance.lab.demo_stage import read_tails
 from appliance.lab.processes import read_tail
 from steering.run import run
 from tests.bench.peers import Peers, build_peer_rules, count_rules, standing
@@ -56,10 +57,9 @@ class Stage:
     def _read_ends(self) -> str:
         """What the product's processes and engines wrote last: the lab with their logs is taken down."""
         lab = self.appliance.lab
-        run_dir = lab.settings.run_dir
-        logs = [lab.log_dir / "serve.log", lab.log_dir / "inspect.log"]
-        logs += sorted(run_dir.glob("lanes/*/engine.log"))
-        return "\n".join(f"--- the end of {log}\n{read_tail(log, 40)}" for log in logs)
+        engines = sorted(lab.settings.run_dir.glob("lanes/*/engine.log"))
+        ends = [f"--- the end of {log}\n{read_tail(log, 40)}" for log in engines]
+        return "\n".join([read_tails(lab), *ends])
 
     def check_engine(self, path: Path) -> None:
         """Raises BenchError when a peer's engine is no more: no figure of that path says anything then."""
