@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.alerts.model import Alert, Endpoint, Signature, Verdict
+from appliance.api.queries import ShortcutFilter
 from appliance.assurance.canary import CanaryWatch
+from appliance.assurance.connections import End, TakenConnection
 from appliance.inspection.publish import EngineState, InspectionState, LaneState
 from appliance.management import rulework
 from appliance.management.rulework import RuleWork
 from appliance.management.shortcut import (
     MOST_LINES,
+    ShortcutWork,
     find_lane_policies,
     find_returns,
     find_shortcuts,
@@ -24,9 +28,10 @@ from appliance.management.shortcut import (
 from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
 from steering.errors import HairpinError
-from steering.model import Direct, Family, PolicySet, Profile
+from steering.model import Direct, Family, PolicySet, Profile, Trigger
 from steering.shortcut import Connection, Return
 from tests.support.shortcut_world import build_policies
+from tests.support.waiting import wait_until
 
 POLICIES = build_policies()  # `backup` returns on alerts, `quiet` does not
 PLAIN = replace(
@@ -209,3 +214,56 @@ async def test_an_engine_that_is_not_running_is_not_told_of_here() -> None:
     verdict = await build_rules(told, running=False)._reload(Profile.PREVENT, Path("rules"))
     assert verdict.accepted
     assert told == [], "when it starts it is another engine"
+
+
+class OneTaken:
+    """A fake switch and watch: one connection takes its shortcut until it is sent back. On a real switch the
+    look and the return are two commands, of which either may be the first.
+    """
+
+    def __init__(self) -> None:
+        self.connections: tuple[TakenConnection, ...] = ()
+        self.done: list[str] = []
+
+    async def peek(self) -> tuple[TakenConnection, ...]:
+        await asyncio.sleep(0)
+        self.done.append("look")
+        ends = End("vm-1", "a", "10.0.0.1", 40_000), End("vm-2", "b", "10.0.0.2", 873)
+        one = TakenConnection(
+            "1", "backup", Trigger.ONE_MEGABYTE, Family.IPV4, *ends, 0.0, 0.0, frozenset("1")
+        )
+        return () if "return" in self.done else (one,)
+
+    async def return_shortcuts(self, wanted: Return) -> float:
+        self.done.append("return")
+        return 0.001
+
+    def note_returned(self, connections: object) -> None:
+        """Nobody asks."""
+
+    async def write(self, job: object) -> None:
+        """The store, which keeps the event: nobody asks."""
+
+
+def build_work(fake: OneTaken) -> ShortcutWork:
+    parts = cast(Any, fake)
+    return ShortcutWork(
+        parts, parts, parts, parts, lambda: POLICIES, lambda: None, lambda lane: "r1"
+    )
+
+
+async def test_an_operator_is_told_of_a_connection_that_no_look_has_seen_before() -> None:
+    fake = OneTaken()
+    report = await build_work(fake).return_filtered(ShortcutFilter(policy="backup"))
+    assert (report.returned, fake.done) == (1, ["look", "return"])
+
+
+async def test_a_quarantine_waits_for_no_look() -> None:
+    fake = OneTaken()
+    work = build_work(fake)
+    work.return_vm("vm-1", "a")
+    running = asyncio.create_task(work.run_returns())
+    await wait_until(lambda: len(fake.done) == 2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert fake.done == ["return", "look"]
