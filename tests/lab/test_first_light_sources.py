@@ -26,7 +26,12 @@ from tests.support.lab import build_name, wait_until
 from tests.support.rule_pipelines import ATTACK, CRITICAL, rule, write_feed
 
 # No promise is about how long an update takes: limits are for a machine that has other work, too.
-pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.side_by_side,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 UPDATE_SECONDS = 400.0
 
 SHARED = Path(os.environ.get("HAIRPIN_SHARED", Path(__file__).parents[3] / "shared"))
