@@ -166,6 +166,14 @@ class RulesSettings(Document):
         "after 7 days where there are `sources` or a `bundle`; the starter rules' age alone is told, not judged.",
     )
 
+    update_every_hours: int | None = Field(
+        default=None,
+        alias="updateEveryHours",
+        ge=1,
+        le=720,
+        description="Read `sources` again by itself when this is over (docs/rules.md). None: only when asked, "
+        "by `hairpin rules update` or the API.",
+    )
     bundle: RulesBundle | None = Field(
         default=None,
         description="Rules that were put into the image while it did not run; merged after the starter rules.",
@@ -176,6 +184,12 @@ class RulesSettings(Document):
         """None: rules of any age are fresh."""
         days = self.stale_after_days or (STALE_DAYS if self.sources or self.bundle else None)
         return None if days is None else days * 86400.0
+
+    @property
+    def update_seconds(self) -> float | None:
+        """How long after the sources were read they are read again; None: only when asked."""
+        asked_only = self.update_every_hours is None or not self.sources
+        return None if asked_only else (self.update_every_hours or 0) * 3600.0
 
     @field_validator("sources")
     @classmethod

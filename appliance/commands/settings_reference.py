@@ -79,6 +79,7 @@ rules:
       url: file:///etc/hairpin/our-own.rules
   floor: 10
   staleAfterDays: 3
+  updateEveryHours: 24
   bundle:
     device: /dev/disk/by-partlabel/hairpin-rules
     certificate: /usr/lib/hairpin/image.crt

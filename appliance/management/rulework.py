@@ -22,6 +22,7 @@ from appliance.inspection.socket import check_reload, reload_rules
 from appliance.management.render import build_lane_rules
 from appliance.rules.model import ReloadVerdict, UpdateReport, UpdateRunning
 from appliance.rules.pipeline import RulePipeline
+from appliance.rules.schedule import is_update_due
 from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.model import Lane, Profile
@@ -29,6 +30,8 @@ from steering.model import Lane, Profile
 log = structlog.get_logger("rules")
 
 KEEP_SECONDS = 2.0
+LOOK_SECONDS = 60.0
+"""So often it is asked whether an update is due."""
 
 OnReload = Callable[[str], None]
 """lane: its engine was asked to load rules, and what it did is judged."""
@@ -60,6 +63,8 @@ class RuleWork:
         self._record = record
         self._job = doc.UpdateJob(state="idle")
         self._task: asyncio.Task[None] | None = None
+        self._tried: float | None = None
+        self._looked = 0.0
         self.on_reload: OnReload = _ignore
 
     @property
@@ -69,6 +74,7 @@ class RuleWork:
     def start(self) -> doc.UpdateJob:
         """Start an update, unless one runs."""
         if self._task is None or self._task.done():
+            self._tried = time.time()
             self._job = doc.UpdateJob(
                 state="running", step="starting", started_at=doc.build_time(time.time())
             )
@@ -187,7 +193,8 @@ class RuleWork:
         return max(loaded, self._settings.rules.floor)
 
     async def keep(self) -> None:
-        """Until cancelled: see that every profile's ruleset is whole on disk, and put back one that is not.
+        """Until cancelled: see that every profile's ruleset is whole on disk, and put back one that is not;
+        read the sources again when that is due.
 
         The first ruleset is made here, too, from what is on this machine, so that engines can start.
         """
@@ -198,10 +205,22 @@ class RuleWork:
                 told = await self._keep_whole(told)
                 # After the first ruleset, so that engines inspect meanwhile by what there is.
                 adopted = adopted or await self._adopt_bundle()
+                if adopted:
+                    self._start_when_due(time.time())
             except (HairpinError, OSError) as fault:
                 # A disk that is full, most likely: what is in force stays, and it is tried again.
                 log.error("rulesets not looked after", reason=str(fault))
             await asyncio.sleep(KEEP_SECONDS)
+
+    def _start_when_due(self, now: float) -> None:
+        every = self._settings.rules.update_seconds
+        # The reports are read from disk: not with each turn of the loop, nor at all where nothing is scheduled.
+        if every is None or 0 <= now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        if is_update_due(self.pipeline.read_state(), now, every, self._tried):
+            log.info("rules update is due", every=every)
+            self.start()
 
     async def _keep_whole(self, told: str) -> str:
         """Once; ``told`` is the failure that was told of last, and the present one is given back."""

@@ -57,9 +57,11 @@ class Told:
         self.events.append((kind, severity, message))
 
 
-def build_work(told: Told, disk: Disk, state: InspectionState | None = None) -> RuleWork:
+def build_work(
+    told: Told, disk: Disk, state: InspectionState | None = None, *, settings: Settings = SETTINGS
+) -> RuleWork:
     pipeline = cast(RulePipeline, disk)
-    return RuleWork(SETTINGS, pipeline, lambda: state, told, cast(CanaryWatch, None))
+    return RuleWork(settings, pipeline, lambda: state, told, cast(CanaryWatch, None))
 
 
 async def test_a_full_disk_neither_ends_the_watch_nor_is_told_twice(
