@@ -11,6 +11,7 @@ from appliance.rules.model import BUNDLE, RulesState
 from appliance.rules.schedule import RETRY_SECONDS, is_update_due
 from appliance.settings import Settings
 from steering.errors import HairpinError
+from steering.model import Profile
 from tests.unit.test_rules_age import NOW, build_rules, build_state
 from tests.unit.test_rulework import LANE, Disk, Told, build_work
 
@@ -34,7 +35,7 @@ def test_without_the_setting_it_never_is() -> None:
 def test_where_no_source_was_read_yet_it_is_due() -> None:
     """Neither the starter rules nor a bundle count: no update reads them from anywhere."""
     assert is_update_due(build_rules(build_state(starter=0.0)), NOW, DAILY, None)
-    bundle = build_rules(build_state(**{BUNDLE: 0.0}))
+    bundle = build_rules(build_state(Profile.PREVENT, **{BUNDLE: 0.0}))
     assert is_update_due(bundle, NOW, DAILY, None)
 
 
