@@ -39,9 +39,10 @@ from appliance.management.coverage import Watches
 from appliance.management.events import EventKeeper
 from appliance.management.flows import FlowIngest
 from appliance.management.knowledge import Knowledge
+from appliance.management.policies import InForce, load_in_force
 from appliance.management.quarantine import load_quarantines
 from appliance.management.rulework import RuleWork
-from appliance.management.service import InForce, Management, load_in_force
+from appliance.management.service import Management
 from appliance.paths import find_engine_data
 from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings

@@ -16,7 +16,7 @@ import structlog
 from steering.addresses import AddressTeller
 from steering.change import Applied, Plan, SwitchStatus, build_mismatch, describe_fail_mode
 from steering.check import Checker
-from steering.compile import compile_program, find_steerable_ports
+from steering.compile import compile_program
 from steering.compile_quarantine import find_quarantine_flows
 from steering.counters import Counters, build_counters, find_tallies
 from steering.decide import check_against_switch, resolve_machines
@@ -24,17 +24,16 @@ from steering.diff import Bundle, build_bundle, build_change
 from steering.errors import SwitchError, WrongInput
 from steering.events import (
     DriftMended,
-    LaneChanged,
     PortsChanged,
     SteeringEvent,
-    SwitchChanged,
 )
 from steering.flows import PresentFlow, Program
-from steering.ghosts import Ghost, build_ghosts, find_fresh, find_guarded_ports, find_moved_ports
+from steering.ghosts import find_guarded_ports, find_moved_ports
 from steering.model import Lane, Machine, Observed, PolicySet
+from steering.observed import ObservedSwitch
 from steering.pipeline import CookieKind
 from steering.rush import GaveWay, Rush
-from steering.shortcut import Return, Taken, find_shortcut_problems
+from steering.shortcut import Return, Taken
 from steering.shun import ShunFlow, Shunned
 from steering.switch.monitor import FlowMonitor
 from steering.switch.openflow import LearnedAddress, OpenFlowSwitch
@@ -42,7 +41,6 @@ from steering.switch.ovsdb import OvsdbMonitor, SwitchView
 from steering.switch.shortcuts import Shortcuts
 from steering.tasks import cancel_all, wait_at_most
 from steering.tls import TlsFiles, find_ending
-from steering.widths import find_width_problems
 
 log = structlog.get_logger("reconcile")
 
@@ -78,7 +76,7 @@ class Reconciler:
     ) -> None:
         self._switch = OpenFlowSwitch(openflow, tls)
         self._bridge = bridge
-        self._lanes = tuple(lanes)
+        self._seen = ObservedSwitch(bridge, lanes, on_event, clock)
         self._on_event = on_event
         self._clock = clock
         self._policies = PolicySet()
@@ -89,20 +87,14 @@ class Reconciler:
         self._checker = Checker()
         self._compiled_quarantine = frozenset[str]()
         self.rush = Rush()
-        self._ghosts: tuple[Ghost, ...] = ()
         self._has_remembered = False
         self._addresses = AddressTeller(on_event, clock)
-        self._view: SwitchView | None = None
-        self._is_view_stale = False
-        self._widths: tuple[SwitchView, PolicySet, tuple[str, ...]] | None = None
-        self._lost: tuple[str, float] | None = ("not connected yet", clock())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self.shortcuts = Shortcuts(self._switch, self._lock, self._wake.set, self.rush)
         self._first_view = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._forwarding: dict[str, bool] = {}
         self._owners: dict[int, str] = {}
         self._ovsdb = OvsdbMonitor(ovsdb, bridge, lanes, self._take_view_from_thread, canary, tls)
         self._monitor = FlowMonitor(
@@ -118,10 +110,7 @@ class Reconciler:
 
     @property
     def observed(self) -> Observed:
-        if self._view is None:
-            return Observed(lanes=self._lanes)
-        fresh = find_fresh(self._ghosts, time.monotonic())
-        return replace(self._view.observed, ghosts=tuple(ghost.port for ghost in fresh))
+        return self._seen.observed
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -133,70 +122,29 @@ class Reconciler:
         return resolve_machines(wanted, self.observed.ports)
 
     def is_forwarding(self, lane: Lane) -> bool:
-        """Whether BFD passes through the lane's engine, seen from both legs.
-
-        False while the switch is lost: what OVSDB says of BFD then stands still, and may be long past.
-        """
-        return self._lost is None and self._forwarding.get(lane.name, False)
+        """As `ObservedSwitch.is_forwarding`."""
+        return self._seen.is_forwarding(lane)
 
     def is_down(self, lane: Lane) -> bool:
-        """Whether BFD was seen not to pass; not the same as not `is_forwarding`, which is also said
-
-        of a lane that was not looked at yet, and while the switch is lost.
-        """
-        return self._lost is None and self._forwarding.get(lane.name) is False
+        """As `ObservedSwitch.is_down`."""
+        return self._seen.is_down(lane)
 
     def has_links(self, lane: Lane) -> bool:
-        """Whether both legs' links are up; while one is down, nothing brings BFD back."""
-        links = {leg.interface: leg.link_up for leg in self._view.legs} if self._view else {}
-        return all(links.get(leg.interface, False) for leg in (lane.leg_a, lane.leg_b))
+        """As `ObservedSwitch.has_links`."""
+        return self._seen.has_links(lane)
 
     @property
     def flaps(self) -> dict[str, int]:
-        """By lane name: how often BFD changed on its legs since they were set up; from 0 again after a
-
-        restart of the switch. It tells changes that came and went faster than OVSDB told of them.
-        """
-        count = {leg.interface: leg.flaps for leg in self._view.legs} if self._view else {}
-        return {
-            lane.name: count.get(lane.leg_a.interface, 0) + count.get(lane.leg_b.interface, 0)
-            for lane in self._lanes
-        }
+        """As `ObservedSwitch.flaps`."""
+        return self._seen.flaps
 
     @property
     def status(self) -> SwitchStatus:
-        view, lost = self._view, self._lost
-        problems = view.observed.problems if view is not None else ()
-        if view is not None and view.bridge_found and view.fail_mode != "secure":
-            problems = (*problems, "; ".join(describe_fail_mode(self._bridge, view.fail_mode)))
-        return SwitchStatus(
-            reachable=lost is None,
-            reason=lost[0] if lost else "",
-            since=lost[1] if lost else 0.0,
-            fail_mode=view.fail_mode if view else "",
-            ovs_version=view.ovs_version if view else "",
-            datapath_type=view.datapath_type if view else "",
-            problems=(
-                *problems,
-                *self._find_policy_problems(),
-                *([self._monitor.fault] if self._monitor.fault else []),
-                *find_ending(self._ovsdb.ends, self._clock()),
-            ),
+        faults = (
+            *([self._monitor.fault] if self._monitor.fault else []),
+            *find_ending(self._ovsdb.ends, self._clock()),
         )
-
-    def _find_policy_problems(self) -> tuple[str, ...]:
-        """Found once per view and policies: the status is asked for often, and there may be many VMs."""
-        view, policies = self._view, self._policies
-        if view is None:
-            return ()
-        if self._widths is None or self._widths[0] is not view or self._widths[1] is not policies:
-            machines, lanes = self.machines(), view.observed.lanes
-            found = find_width_problems(
-                policies, machines, lanes, view.mtus, super_packets=view.super_packets
-            )
-            found = (*found, *find_shortcut_problems(policies, lanes, machines))
-            self._widths = view, policies, found
-        return self._widths[2]
+        return self._seen.build_status(self._policies, faults)
 
     @property
     def mirrored_packets(self) -> int | None:
@@ -358,7 +306,7 @@ class Reconciler:
     # The inside
 
     def _check_may_steer(self) -> None:
-        view = self._view
+        view = self._seen.view
         if view is not None and view.fail_mode != "secure":
             raise SwitchError(*describe_fail_mode(self._bridge, view.fail_mode))
 
@@ -376,7 +324,7 @@ class Reconciler:
         return Plan(program, build_change(program, standing), observed)
 
     def _find_observed(self, policies: PolicySet) -> Observed:
-        if self._view is None or not self._view.bridge_found:
+        if not self._seen.is_bridge_found:
             raise SwitchError(
                 f"bridge {self._bridge} is not there: {self.status.reason or 'not found in OVSDB'}",
                 "check switch.ovsdb and switch.bridge in the settings, and that Open vSwitch runs",
@@ -411,9 +359,7 @@ class Reconciler:
         if self._has_remembered:
             return observed
         present = await self._switch.read_present()
-        known = find_guarded_ports(present.flows)
-        steerable = find_steerable_ports(self.observed)
-        self._ghosts = build_ghosts(self._ghosts, known, steerable, time.monotonic())
+        self._seen.remember(find_guarded_ports(present.flows))
         self._has_remembered = True
         return self.observed
 
@@ -465,40 +411,16 @@ class Reconciler:
             loop.call_soon_threadsafe(self._take_view, view)
 
     def _take_view(self, view: SwitchView | None) -> None:
-        self._is_view_stale = view is None
         if view is None:
-            self._lose(self._ovsdb.lost or "the connection to OVSDB ended")
+            self._seen.lose_view(self._ovsdb.lost or "the connection to OVSDB ended")
             return
-        before = find_steerable_ports(self.observed)
-        self._view = view
-        present = find_steerable_ports(view.observed)
-        self._ghosts = build_ghosts(self._ghosts, before, present, time.monotonic())
+        self._seen.take_view(view)
         self._first_view.set()
-        legs = {leg.interface: leg.forwarding for leg in view.legs}
-        for lane in view.observed.lanes:
-            up = legs.get(lane.leg_a.interface, False) and legs.get(lane.leg_b.interface, False)
-            if self._forwarding.get(lane.name) != up:
-                self._forwarding[lane.name] = up
-                self._on_event(LaneChanged(self._clock(), lane.name, up))
         self._addresses.follow(self.observed.ports, self._policies)
         self._wake.set()
 
     async def _take_address(self, learned: LearnedAddress) -> None:
         self._addresses.take(learned, self.observed.ports, self._policies)
-
-    def _lose(self, reason: str) -> None:
-        if self._lost is None:
-            self._lost = (reason, self._clock())
-            self._on_event(SwitchChanged(self._clock(), False, reason))
-        elif self._view is None or self._is_view_stale:
-            self._lost = (reason, self._lost[1])
-
-    def _regain(self) -> None:
-        if self._lost is not None:
-            self._lost = None
-            # Over the network its connection may be dead without its knowing.
-            self._monitor.restart()
-            self._on_event(SwitchChanged(self._clock(), True))
 
     async def _keep(self) -> None:
         """Until cancelled: reconcile at every change, and look at groups and flows now and then."""
@@ -506,9 +428,9 @@ class Reconciler:
         while True:
             woken = await self._wait(GROUP_CHECK_SECONDS)
             self._wake.clear()
-            if self._view is None or not self._view.bridge_found:
-                if self._view is not None:
-                    self._lose(f"there is no bridge {self._bridge}")
+            if not self._seen.is_bridge_found:
+                if self._seen.view is not None:
+                    self._seen.lose(f"there is no bridge {self._bridge}")
                 continue
             try:
                 full = woken or time.monotonic() >= full_check_due
@@ -516,22 +438,24 @@ class Reconciler:
                     await self._reconcile(full=full)
                 if full:
                     full_check_due = time.monotonic() + FULL_CHECK_SECONDS
-                if not self._is_view_stale:
-                    self._regain()
+                if self._seen.is_lost and not self._seen.is_view_stale:
+                    # Over the network its connection may be dead without its knowing.
+                    self._monitor.restart()
+                    self._seen.regain()
             except GaveWay:
                 await self.rush.wait_free_async()
                 full_check_due = 0.0
                 self._wake.set()
             except SwitchError as fault:
                 log.warning("not reconciled", reason=fault.reason, mend=fault.mend)
-                self._lose(fault.reason)
+                self._seen.lose(fault.reason)
                 full_check_due = 0.0
                 await asyncio.sleep(RETRY_SECONDS)
                 self._wake.set()
             except Exception as fault:
                 # Whatever it was, the switch must not be left to itself: told, and tried again.
                 log.exception("not reconciled")
-                self._lose(f"a fault of Hairpin's own: {type(fault).__name__}: {fault}")
+                self._seen.lose(f"a fault of Hairpin's own: {type(fault).__name__}: {fault}")
                 full_check_due = 0.0
                 await asyncio.sleep(GROUP_CHECK_SECONDS)
                 self._wake.set()

@@ -553,16 +553,7 @@ def _print_boot(report: BootReport, json: bool, text: str) -> None:
 def show_boots(json: options.Json = False) -> None:
     """On the appliance, as root: which versions there are, what the boot loader thinks of each, which failed."""
     found = tuple(
-        BootVersionReport(
-            version=one.version,
-            running=one.running,
-            state=one.state,
-            left=one.left,
-            done=one.done,
-            failed=one.failed,
-            lacking=one.lacking,
-        )
-        for one in _read_boots()
+        BootVersionReport.model_validate(one, from_attributes=True) for one in _read_boots()
     )
     if json:
         return print_json(BootVersionList(items=found))

@@ -8,34 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import structlog
 
-from appliance.inspection import config as engine_config
 from appliance.inspection import engine, files, heartbeat
 from appliance.inspection.counters import build_lane_counters, build_queue_states
 from appliance.inspection.faults import FaultBook
+from appliance.inspection.launch import EngineLaunch
 from appliance.inspection.netfilter import FrameSample, QueueCounters
-from appliance.inspection.placement import LanePlacement, build_placement, find_placement_faults
+from appliance.inspection.placement import LanePlacement
 from appliance.inspection.process import (
     EngineProcess,
     adopt_engine,
-    read_threads,
     start_engine,
-    write_group_nice,
     write_record,
 )
 from appliance.inspection.publish import (
     EngineCounters,
     EngineState,
     LaneState,
-    Placement,
-    write_atomically,
 )
 from appliance.inspection.rulesets import Ruleset, Rulesets
 from appliance.inspection.shortcut_lane import LaneShortcut
@@ -46,47 +39,16 @@ from appliance.inspection.socket import (
     parse_counters,
 )
 from appliance.inspection.superpackets import ACCEPTED, find_super_packets
-from appliance.paths import find_queue_library
+from appliance.inspection.upkeep import EngineUpkeep
 from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.model import Lane
-from steering.run import run_async
 from steering.tasks import wait_at_most
 
 START_LIMIT = 300.0
 """Seconds an engine may take to load its rules and answer."""
-TEST_LIMIT = 300.0
 STOP_GRACE = 8.0
 BEAT = 1.0
-PLACEMENT_PERIOD = 10.0
-"""Seconds between two looks at an engine's threads."""
-LOST_TOLD_SECONDS = 600.0
-"""Seconds after the last EVE file that was deleted unread, until that no longer is a present fault."""
-
-
-@dataclass(frozen=True, slots=True)
-class LanePaths:
-    """Where a lane's files are."""
-
-    directory: Path
-    config: Path
-    log: Path
-    eve: Path
-    socket: Path
-    record: Path
-
-
-def find_lane_paths(settings: Settings, lane: Lane) -> LanePaths:
-    """`record` is not in the engine's directory: the engine must not say who is adopted."""
-    directory = settings.lane_dir(lane).absolute()
-    return LanePaths(
-        directory=directory,
-        config=directory / "suricata.yaml",
-        log=directory / "engine.log",
-        eve=settings.eve_file(lane).absolute(),
-        socket=settings.engine_socket(lane).absolute(),
-        record=settings.run_dir.absolute() / "inspect" / f"{lane.name}.json",
-    )
 
 
 class LaneSupervisor:
@@ -102,12 +64,19 @@ class LaneSupervisor:
         placement: LanePlacement,
     ) -> None:
         self.settings = settings
-        self.placement = placement
         self.lane = lane
         self.facts = facts
-        self.owner = owner
-        self.paths = find_lane_paths(settings, lane)
         self.faults = FaultBook()
+        self.shortcut = LaneShortcut(settings, lane, owner)
+        self._launch = EngineLaunch(settings, lane, facts, owner, placement, self.shortcut)
+        self.paths = self._launch.paths
+        self._upkeep = EngineUpkeep(
+            self.paths,
+            settings.inspection.eve_limit_bytes,
+            placement,
+            self.faults,
+            self._note,
+        )
         self.log = structlog.get_logger("inspection.supervisor").bind(lane=lane.name)
         self._on_change = on_change
         self._socket = EngineSocket(self.paths.socket, limit=BEAT)
@@ -121,19 +90,12 @@ class LaneSupervisor:
         self._short = 0
         self._unloaded = False
         self._tested = ""
-        self._digest = ""
         self._matcher_fault: str | None = None
         self._refused = ""
         self._judged: tuple[object, ...] = ()
         self._log_start = 0
-        self._lost_at = 0.0
         self._counters: EngineCounters | None = None
-        wanted = settings.inspection.super_packets or lane.leg_c is not None
-        self._library = find_queue_library() if wanted else None
-        self.shortcut = LaneShortcut(settings, lane, owner)
         self._start_log = ""
-        self._placed = Placement()
-        self._placed_at = -PLACEMENT_PERIOD
 
     def build_state(
         self, now: float, counters: Sequence[QueueCounters], frames: FrameSample | None
@@ -149,16 +111,16 @@ class LaneSupervisor:
             adopted=self._engine is not None and self._engine.adopted,
             restarts=self._restarts,
             version=self.facts.text,
-            placement=self._placed,
+            placement=self._upkeep.placed,
             hyperscan=self.facts.hyperscan and self._matcher_fault is None,
             super_packets=find_super_packets(
                 wanted=self.settings.inspection.super_packets,
-                built=self._library is not None,
+                built=self._launch.library is not None,
                 log=self._start_log,
                 counters=self._counters,
             ),
             shortcut=self.shortcut.find(
-                None if record is None else record.pid, built=self._library is not None
+                None if record is None else record.pid, built=self._launch.library is not None
             ),
             rules_loaded=self._rules[0],
             rules_failed=self._rules[1],
@@ -203,7 +165,7 @@ class LaneSupervisor:
 
     async def _begin(self) -> None:
         """Adopt or start an engine; leaves `_engine` None when there is no ruleset to start on."""
-        self._write_config()
+        self._launch.write()
         if self._adopt():
             return
         present = self._rulesets.read_fingerprints()
@@ -218,7 +180,7 @@ class LaneSupervisor:
             self._note("rules", found, mend)
             return
         self._take_ruleset(found)
-        if self._tested != self._digest or not found.wanted:
+        if self._tested != self._launch.digest or not found.wanted:
             self._change(EngineState.STARTING)
             await self._test()
         await self._start(found)
@@ -229,37 +191,11 @@ class LaneSupervisor:
         self._short = 0
         # Until it is seen to load.
         self._unloaded = True
-        self._write_config(found.path)
+        self._launch.write(found.path)
         if found.fault:
             self._note("ruleset", found.fault, "run `hairpin rules update`")
         else:
             self.faults.mend("ruleset", time.time())
-
-    def _write_config(self, ruleset: Path | None = None) -> None:
-        """`ruleset`: another one than the one in force, for a start; what a reload reads is put back."""
-        files.write_lane_directory(self.paths.directory, self.owner)
-        self.shortcut.write()
-        self.paths.record.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        config = engine_config.build_engine_config(self.settings, self.lane, self.placement)
-        text = engine_config.render_engine_config(config)
-        argv = self._render_start()
-        whole = "\0".join((text, *argv, self.facts.text))
-        self._digest = hashlib.sha256(whole.encode()).hexdigest()
-        if ruleset is not None and ruleset != config.ruleset:
-            text = engine_config.render_engine_config(replace(config, ruleset=ruleset))
-        write_atomically(self.paths.config, text, 0o644)
-
-    def _render_start(self) -> tuple[str, ...]:
-        urgency = engine.render_urgency(self.placement.nice)
-        return urgency + engine.render_start(
-            self.settings.inspection.suricata,
-            self.settings.inspection.user,
-            self.lane,
-            self.paths.config,
-            self._library,
-            super_packets=self.settings.inspection.super_packets,
-            shortcut=self.shortcut.path,
-        )
 
     def _adopt(self) -> bool:
         if self._tested:
@@ -276,25 +212,8 @@ class LaneSupervisor:
         return True
 
     async def _test(self) -> None:
-        """`suricata -T` on configuration and rules. Raises HairpinError when they won't do."""
-        ended = await run_async(
-            engine.render_test(
-                self.settings.inspection.suricata,
-                self.settings.inspection.user,
-                self.paths.config,
-                self.paths.directory / "test",
-            ),
-            timeout=TEST_LIMIT,
-            check=False,
-        )
-        report = engine.parse_test(ended.status, ended.stdout + ended.stderr)
-        if not report.passed:
-            raise HairpinError(
-                f"the engine refuses its configuration or rules (status {report.status}, "
-                f"{report.rules_loaded} rules): {report.complaint}",
-                f"mend the ruleset, or see `suricata -T -c {self.paths.config}`",
-            )
-        self._tested = self._digest
+        await self._launch.test()
+        self._tested = self._launch.digest
 
     async def _start(self, ruleset: Ruleset) -> None:
         self._change(EngineState.STARTING)
@@ -302,8 +221,8 @@ class LaneSupervisor:
         self.paths.socket.unlink(missing_ok=True)
         files.trim_log(self.paths.log)
         self._log_start = files.read_size(self.paths.log)
-        argv = self._render_start()
-        self._engine = start_engine(argv, self.paths.log, self._digest, time.time())
+        argv = self._launch.render_start()
+        self._engine = start_engine(argv, self.paths.log, self._launch.digest, time.time())
         write_record(self.paths.record, self._engine.record)
         deadline = time.monotonic() + START_LIMIT
         while not await self._answers():
@@ -331,7 +250,7 @@ class LaneSupervisor:
             )
         self._unloaded = False
         # A later reload, by the management service, reads what is in force then.
-        self._write_config()
+        self._launch.write()
         if self._short:
             # The file is whole, so it is this engine that can't: better those rules than none.
             self._note(
@@ -373,23 +292,24 @@ class LaneSupervisor:
                 self.log.info("configuration changed, engine replaced", pid=process.pid)
                 await self._drop_engine()
                 return
-            await self._tend(process)
+            await self._look_for_rules()
+            await self._upkeep.tend(process, running=self._state is EngineState.RUNNING)
             with contextlib.suppress(TimeoutError):
                 await wait_at_most(process.gone.wait(), BEAT)
         self._note_exit(process)
 
     async def _is_outdated(self, process: EngineProcess) -> bool:
         """Whether an adopted engine runs another configuration, and the new one is known to work."""
-        if process.record.config == self._digest:
+        if process.record.config == self._launch.digest:
             self.faults.mend("configuration", time.time())
             return False
-        if self._refused == self._digest:
+        if self._refused == self._launch.digest:
             return False
         try:
             await self._test()
         except HairpinError as fault:
             # An engine that inspects by the old configuration is worth more than none.
-            self._refused = self._digest
+            self._refused = self._launch.digest
             self._note("configuration", fault.reason, fault.mend)
             return False
         return True
@@ -427,7 +347,7 @@ class LaneSupervisor:
         )
 
     async def _read_counters(self, process: EngineProcess) -> None:
-        if self._library is not None and ACCEPTED not in self._start_log:
+        if self._launch.library is not None and ACCEPTED not in self._start_log:
             # It is said when the queues are opened, some time after the first answer.
             self._start_log = files.read_log(self.paths.log, self._log_start, 2**20)
         # An engine has none in its first seconds, and refuses.
@@ -472,56 +392,6 @@ class LaneSupervisor:
         for kind in ("ruleset", "short"):
             self.faults.mend(kind, time.time())
         self._on_change()
-
-    async def _tend(self, process: EngineProcess) -> None:
-        """Bound the files that grow, and see what is mended."""
-        await self._look_for_rules()
-        self._look_at_threads(process)
-        files.trim_log(self.paths.log)
-        rotated = files.rotate_eve(self.paths.eve, self.settings.inspection.eve_limit_bytes)
-        if rotated or not self.paths.eve.exists():
-            await self._reopen_logs()
-        if lost := files.remove_unread(self.paths.eve):
-            self._note(
-                "events lost",
-                f"{len(lost)} EVE files were deleted unread, the last {lost[-1].name}",
-                "see why the management service does not read them (`hairpin doctor`)",
-            )
-            self._lost_at = time.monotonic()
-        elif time.monotonic() - self._lost_at > LOST_TOLD_SECONDS:
-            self.faults.mend("events lost", time.time())
-
-    def _look_at_threads(self, process: EngineProcess) -> None:
-        """Read back where the threads run. A wrong place costs speed, not inspection: it is told, no more."""
-        if (
-            self._state is not EngineState.RUNNING
-            or time.monotonic() - self._placed_at < PLACEMENT_PERIOD
-        ):
-            return
-        self._placed_at = time.monotonic()
-        refused = write_group_nice(process.pid, self.placement.nice)
-        seen = read_threads(process.pid)
-        self._placed = build_placement(self.placement, seen)
-        faults = [*find_placement_faults(self.placement, seen), *filter(None, [refused])]
-        if faults:
-            mend = (
-                "the lane inspects all the same; see what limits this process (cores, CAP_SYS_NICE), or set "
-                "inspection.pinned to false or inspection.nice to 0"
-            )
-            self._note(
-                "placement", f"the engine is not placed as it should be: {'; '.join(faults)}", mend
-            )
-        else:
-            self.faults.mend("placement", time.time())
-
-    async def _reopen_logs(self) -> None:
-        try:
-            await EngineSocket(self.paths.socket).reopen_log_files()
-        except (EngineSilent, EngineRefused) as fault:
-            # The engine goes on writing to the renamed file: late, not lost. The next beat tries again.
-            self._note("rotation", f"the EVE file could not be reopened: {fault.reason}", "")
-        else:
-            self.faults.mend("rotation", time.time())
 
     def _is_below_floor(self) -> bool:
         """Whether the engine has fewer rules than any ruleset that may be in force gives it."""

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeVar
-
-import structlog
 
 from appliance.alerts import query as stored
-from appliance.alerts.history import (
-    find_rows,
-    load_revision,
-    record_applied,
-    record_event,
-    record_revision,
-)
 from appliance.alerts.ingest import Ingest
-from appliance.alerts.store import Store, StoreError
+from appliance.alerts.store import Store
 from appliance.api import coverage as cover
 from appliance.api import documents as doc
 from appliance.api import queries as ask
@@ -33,7 +18,6 @@ from appliance.api.control import (
     NotFound,
     PolicyRevision,
     Unavailable,
-    check_match,
 )
 from appliance.api.quarantine import (
     QuarantinedVm,
@@ -43,7 +27,6 @@ from appliance.api.quarantine import (
 )
 from appliance.api.shortcuts import ShortcutList, ShortcutReport
 from appliance.api.shuns import ShunList, ShunReport
-from appliance.assurance.connections import TakenConnection
 from appliance.assurance.failures import Concerned
 from appliance.assurance.ledger import Inputs
 from appliance.export.exporter import Exporter
@@ -57,6 +40,7 @@ from appliance.management.flows import FlowIngest
 from appliance.management.health import Facts, build_health, is_inspecting
 from appliance.management.knowledge import Knowledge, Snapshot
 from appliance.management.pages import build_alert_filter, cut_page, parse_cursor, read_seconds
+from appliance.management.policies import InForce, PolicyWork
 from appliance.management.quarantine import Quarantine, QuarantineWork, build_quarantined
 from appliance.management.rulework import RuleWork
 from appliance.management.shortcut import ShortcutWork
@@ -65,51 +49,11 @@ from appliance.management.status import StatusCache
 from appliance.paths import BOOT_REPORT
 from appliance.settings import Settings
 from appliance.version import find_version
-from steering.coverage import build_coverage
 from steering.decide import Connection
 from steering.errors import SwitchError
 from steering.explain import explain, find_machine
-from steering.last import Last
-from steering.model import Lane, Machine, MachineRecord, PolicySet
-from steering.parse import parse_objects, render_documents
+from steering.model import Lane, Machine, PolicySet
 from steering.reconcile import Reconciler
-from steering.reread import DocumentReader
-
-log = structlog.get_logger("management")
-
-T = TypeVar("T")
-
-NOTE_SECONDS = 5.0
-"""For which a change waits for the store to note that it is in force."""
-
-
-@dataclass(frozen=True)
-class InForce:
-    """The policies in force. ``number`` 0: none were ever applied."""
-
-    number: int
-    policies: PolicySet
-
-    @cached_property
-    def etag(self) -> str:
-        text = json.dumps(render_documents(self.policies), sort_keys=True)
-        return f"r{self.number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-async def load_in_force(store: Store) -> InForce:
-    """The newest revision that was applied."""
-
-    def load(db: Any) -> InForce:
-        rows = find_rows(
-            db, "SELECT max(number) AS number FROM revisions WHERE applied_at IS NOT NULL", ()
-        )
-        number = rows[0]["number"] if rows else None
-        revision = load_revision(db, number) if number is not None else None
-        if revision is None:
-            return InForce(0, PolicySet())
-        return InForce(revision.number, parse_objects(revision.documents))
-
-    return await store.read(load)
 
 
 class Management:
@@ -139,33 +83,36 @@ class Management:
         self._flows = flows
         self._exporters = tuple(exporters)
         self._rules = rules
-        self._in_force = in_force
         self._read_inspection = read_inspection
         self._watches = watches
         self._coverage = CoverageWork(store, reconciler, watches, self.build_facts)
         self._started = time.time()
         self._status = StatusCache(lambda: build_health(self.build_facts()))
-        self.shun = ShunWork(store, ingest, reconciler, lambda: self._in_force.policies)
+        self.shun = ShunWork(store, ingest, reconciler, lambda: self.policies)
         self.shortcut = ShortcutWork(
             store,
             ingest,
             reconciler,
             watches.shortcuts,
-            lambda: self._in_force.policies,
+            lambda: self.policies,
             read_inspection,
             rules.read_revision,
         )
         self.quarantine = QuarantineWork(
             store, reconciler, quarantines, self._take_quarantine, time.time
         )
-        self._change = asyncio.Lock()
-        self._documents = DocumentReader()
-        # What a change led to is what the next one leads away from.
-        self._cover = Last(build_coverage)
+        self._policy = PolicyWork(
+            store,
+            reconciler,
+            in_force,
+            self.quarantine,
+            self.shortcut,
+            self._take_policies,
+            self.build_facts,
+        )
         self.accounting = FlowAccounts(
             settings.flow_spool.parent / "state.json", lambda: reconciler.mirrored_packets
         )
-        self._notings: set[asyncio.Task[None]] = set()
 
     # Health
 
@@ -175,8 +122,8 @@ class Management:
             version=find_version(),
             now=time.time(),
             started_at=self._started,
-            revision=self._in_force.number,
-            policies=self._in_force.policies,
+            revision=self._policy.in_force.number,
+            policies=self.policies,
             switch=self._reconciler.status,
             lanes=self._reconciler.lanes,
             forwarding={
@@ -219,7 +166,7 @@ class Management:
                 ),
                 *(
                     render.build_absent_vm(record)
-                    for record in self._in_force.policies.machines
+                    for record in self.policies.machines
                     if record.vm_id not in found
                 ),
             )
@@ -228,96 +175,24 @@ class Management:
     async def edit_vm(
         self, vm_id: str, edit: doc.VmEdit, if_match: IfMatch, *, dry_run: bool
     ) -> doc.PlanReport:
-        policies = self._in_force.policies
-        records = {record.vm_id: record for record in policies.machines}
-        found = {machine.vm_id: machine for machine in self._reconciler.machines()}
-        if vm_id not in records and vm_id not in found:
-            raise NotFound(f"no VM {vm_id}", "`hairpin vms` lists those that are known")
-        record = records.get(vm_id) or MachineRecord(vm_id, found[vm_id].name)
-        edited = replace(
-            record,
-            name=record.name if edit.name is None else edit.name,
-            tags=record.tags if edit.tags is None else dict(edit.tags),
-        )
-        machines = tuple({**records, vm_id: edited}.values())
-        document = render_documents(replace(policies, machines=machines))
-        return await self.put_policies(json.dumps(document), if_match, dry_run=dry_run)
+        return await self._policy.edit_vm(vm_id, edit, if_match, dry_run=dry_run)
 
     # Policies
 
     async def read_policies(self) -> PolicyRevision:
-        documents = doc.PolicyDocuments.model_validate(render_documents(self._in_force.policies))
-        return PolicyRevision(documents, self._in_force.number, self._in_force.etag)
+        return self._policy.read()
 
     async def put_policies(self, text: str, if_match: IfMatch, *, dry_run: bool) -> doc.PlanReport:
-        began = time.monotonic()
-        with contextlib.ExitStack() as rush:
-            if not dry_run:
-                rush.enter_context(self._reconciler.rush.claim())
-            async with self._change:
-                return await self._put_policies(text, if_match, began, rush, dry_run=dry_run)
+        return await self._policy.put(text, if_match, dry_run=dry_run)
 
-    async def _put_policies(
-        self,
-        text: str,
-        if_match: IfMatch,
-        began: float,
-        rush: contextlib.ExitStack,
-        *,
-        dry_run: bool,
-    ) -> doc.PlanReport:
-        check_match(if_match, self._in_force.etag)
-        policies = self._documents.read_soon(text)
-        if policies is None:
-            policies = await asyncio.to_thread(self._documents.read, text)
-        policies = replace(policies, quarantined=self.quarantine.vm_ids)
-        before = self._in_force.policies
-        now_in_force = self._in_force
-        if dry_run:
-            bundle = (await self._reconciler.plan(policies)).bundle
-        else:
-            number = 0
+    @property
+    def policies(self) -> PolicySet:
+        """Those in force."""
+        return self._policy.in_force.policies
 
-            async def record() -> None:
-                nonlocal number
-                rush.close()  # from here on the reconciler has its own claim
-                at = time.time()
-                number = await self._store.write(
-                    lambda db: record_revision(db, at, "api", render_documents(policies))
-                )
-
-            applied = await self._reconciler.apply(policies, record)
-            bundle, done = applied.bundle, time.time()
-            report = {"seconds": applied.seconds, "changes": len(bundle.changes)}
-            self._in_force = now_in_force = InForce(number, policies)
-            self._note_snapshot()
-            self.prove("policies applied")
-            text = (
-                f"revision {number} is on the switch: {len(bundle.changes)} changes in "
-                f"{applied.seconds:.3f} s"
-            )
-            noting = asyncio.create_task(
-                self._note_applied(number, done, report, text, self.shortcut.note_policies(before))
-            )
-            self._notings = {noting, *(one for one in self._notings if not one.done())}
-            # What is on the switch is in force, whatever the store says.
-            await asyncio.wait({noting}, timeout=NOTE_SECONDS)
-        pairs = await asyncio.to_thread(
-            lambda: render.build_pair_changes(
-                self._cover(before, self._reconciler.machines(before)),
-                self._cover(policies, self._reconciler.machines(policies)),
-            )
-        )
-        return doc.PlanReport(
-            revision=now_in_force.number,
-            etag=now_in_force.etag,
-            applied=not dry_run,
-            seconds=time.monotonic() - began,
-            summary=render.build_plan_summary(bundle),
-            changes=render.build_changes(bundle),
-            pairs=pairs,
-            warnings=self._build_warnings(policies, len(bundle.changes)),
-        )
+    def _take_policies(self, cause: str) -> None:
+        self._note_snapshot()
+        self.prove(cause)
 
     # Quarantine
 
@@ -328,7 +203,7 @@ class Management:
         machine = find_machine(self._reconciler.machines(), order.vm) or next(
             (
                 Machine(record.vm_id, record.name, record.tags, (), ())
-                for record in self._in_force.policies.machines
+                for record in self.policies.machines
                 if order.vm in (record.vm_id, record.name)
             ),
             None,
@@ -369,57 +244,10 @@ class Management:
     async def return_shortcut(self, shortcut_id: str) -> ShortcutReport:
         return await self.shortcut.return_one(shortcut_id)
 
-    @property
-    def policies(self) -> PolicySet:
-        """Those in force."""
-        return self._in_force.policies
-
     def _take_quarantine(self, cause: str) -> None:
-        policies = replace(self._in_force.policies, quarantined=self.quarantine.vm_ids)
-        self._in_force = InForce(self._in_force.number, policies)
+        self._policy.take_quarantine()
         self._note_snapshot()
         self._watches.ledger.request(cause)
-
-    async def _note_applied(
-        self,
-        number: int,
-        at: float,
-        report: dict[str, Any],
-        text: str,
-        returned: Sequence[TakenConnection],
-    ) -> None:
-        """Until the store takes it: after a restart the revision before would be in force else."""
-        while True:
-            try:
-                await self._store.write(lambda db: record_applied(db, number, at, report))
-                break
-            except StoreError as fault:
-                log.error("revision not noted as applied", revision=number, reason=fault.reason)
-                await asyncio.sleep(1.0)
-        try:
-            await self._record("policy.applied", "info", text)
-        except StoreError as fault:
-            log.error("event not stored", text=text, reason=fault.reason)
-        await self.shortcut.tell_policies(returned)
-
-    def _build_warnings(self, policies: PolicySet, changes: int) -> tuple[str, ...]:
-        warnings = []
-        if any(not one.done() for one in self._notings):
-            warnings.append(
-                "in force, but the store does not take it yet (`hairpin doctor`): after a restart "
-                "before it does, the revision before would be in force"
-            )
-        if changes > render.CHANGES_LIMIT:
-            warnings.append(
-                f"only the first {render.CHANGES_LIMIT} of {changes} changes are listed"
-            )
-        facts = replace(self.build_facts(), policies=policies)
-        warnings += [
-            f"lane {lane.name} does not inspect right now: its policies fail as onFailure says"
-            for lane in facts.lanes
-            if not is_inspecting(facts, lane)
-        ]
-        return (*warnings, *self._reconciler.status.problems)
 
     def prove(self, cause: str, lane: str | None = None) -> None:
         """Something changed: prove a lane (None: all) and the ways through the tables again."""
@@ -434,8 +262,8 @@ class Management:
         """What the ledger is held against."""
         reconciler = self._reconciler
         return Inputs(
-            policies=self._in_force.policies,
-            revision=self._in_force.number,
+            policies=self.policies,
+            revision=self._policy.in_force.number,
             machines=reconciler.machines(),
             lanes=reconciler.lanes,
             forwarding=Forwarding(reconciler),
@@ -443,15 +271,15 @@ class Management:
 
     def find_concerned(self, lane_name: str) -> Concerned:
         """Whom a lane serves, by the policies in force."""
-        return find_concerned(self._in_force.policies, self._reconciler.machines(), lane_name)
+        return find_concerned(self.policies, self._reconciler.machines(), lane_name)
 
     def _note_snapshot(self) -> None:
         self._knowledge.add(
             Snapshot(
                 time.time(),
                 self._reconciler.machines(),
-                self._in_force.policies,
-                self._in_force.number,
+                self.policies,
+                self._policy.in_force.number,
             )
         )
 
@@ -489,7 +317,7 @@ class Management:
     async def explain(self, query: ask.ExplainQuery) -> doc.Explanation:
         connection = Connection(query.family, query.protocol, query.port)
         found = explain(
-            self._in_force.policies,
+            self.policies,
             self._reconciler.machines(),
             self._reconciler.lanes,
             query.source,
@@ -592,7 +420,3 @@ class Management:
         return doc.EventPage(
             items=tuple(map(render.build_event, page.items)), next=page.next_cursor
         )
-
-    async def _record(self, kind: str, severity: str, message: str) -> None:
-        at = time.time()
-        await self._store.write(lambda db: record_event(db, at, kind, severity, message))

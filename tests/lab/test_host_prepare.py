@@ -38,7 +38,7 @@ from steering.reconcile import Reconciler
 from steering.tls import TlsFiles
 from tests.support.dummy_switch import BRIDGE, DummySwitch, open_dummy_switch
 from tests.support.host_specs import render_local_spec
-from tests.support.shortcut_world import VMS, build_policies, find_mac
+from tests.support.shortcut_world import VMS, attach_vms, build_policies
 from tests.support.tls_switch import find_free_ports
 from tests.support.waiting import wait_until
 
@@ -76,7 +76,7 @@ class Host:
         self.spec_file.write_text(text.replace(before, after))
 
     def vsctl(self, *argv: str) -> str:
-        return self.switch.run("ovs-vsctl", f"--db=unix:{self.switch.directory}/db.sock", *argv)
+        return self.switch.vsctl(*argv)
 
     def ofctl(self, command: str, *argv: str) -> str:
         return self.switch.run(
@@ -434,11 +434,7 @@ async def test_the_appliance_steers_by_what_was_issued_and_restore_ends_it(host:
             "canary": {"interface": seed["canary"]["interface"]},
         }
     )  # fmt: skip
-    for vm in VMS:
-        host.vsctl(
-            "set", "Interface", f"p{vm}", f"external_ids:vm-id=vm-{vm}",
-            f'external_ids:attached-mac="{find_mac(vm)}"', f"external_ids:iface-id=if-{vm}",
-        )  # fmt: skip
+    attach_vms(host.switch)
     told: list[SteeringEvent] = []
     reconciler = Reconciler(
         ovsdb=settings.switch.ovsdb,

@@ -24,13 +24,19 @@ from steering.prove import Prover
 from steering.reconcile import Reconciler
 from steering.switch.replica import Replica
 from tests.support.dummy_switch import BRIDGE
-from tests.support.shortcut_world import LANES, VMS, build_policies, find_mac
+from tests.support.shortcut_world import (
+    LANES,
+    OFPORTS,
+    VMS,
+    attach_vms,
+    build_policies,
+    tag_legs,
+)
 from tests.support.tls_switch import TlsSwitch, open_tls_switch
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
-OFPORTS = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
 ADDRESSES = {f"vm-{vm}": (f"10.0.0.{vm}", f"fd00::{vm}") for vm in VMS}
 
 
@@ -77,14 +83,8 @@ async def bench() -> AsyncIterator[Bench]:
         tempfile.TemporaryDirectory(prefix="hp-") as name,
         open_tls_switch(Path(name), OFPORTS, time.time()) as tls,
     ):
-        for vm in VMS:
-            tls.vsctl(
-                "set", "Interface", f"p{vm}", f"external_ids:vm-id=vm-{vm}",
-                f'external_ids:attached-mac="{find_mac(vm)}"', f"external_ids:iface-id=if-{vm}",
-            )  # fmt: skip
-        for lane in LANES:
-            for leg in lane.legs:
-                tls.vsctl("set", "Port", leg.interface, f"tag={lane.vlan}", "protected=true")
+        attach_vms(tls.switch)
+        tag_legs(tls.switch)
         reconciler = Reconciler(
             ovsdb=tls.ovsdb, openflow=tls.openflow, bridge=BRIDGE, lanes=LANES,
             on_event=lambda _: None, tls=tls.ours,

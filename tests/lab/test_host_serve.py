@@ -6,112 +6,44 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from appliance.api.quarantine import QuarantineOrder
-from appliance.app import _serve
-from appliance.client import Client, Place
 from appliance.doctor_probe import read_switch
 from appliance.hosting.pki import issue
-from appliance.settings import Settings
 from steering.parse import render_documents
-from tests.support.dummy_switch import BRIDGE
-from tests.support.shortcut_world import LANES, VMS, build_policies, find_mac
-from tests.support.tls_switch import (
-    ADDRESS,
-    NAME,
-    TlsSwitch,
-    find_free_ports,
-    open_tls_switch,
-    write_files,
-)
+from tests.support.service import Service, build_settings, open_service
+from tests.support.shortcut_world import OFPORTS, attach_vms, build_policies, tag_legs
+from tests.support.tls_switch import ADDRESS, NAME, TlsSwitch, open_tls_switch, write_files
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
-OFPORTS = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
-
-
-@dataclass
-class Service:
-    tls: TlsSwitch
-    client: Client
-    settings: Settings
-
-    async def ask(self, method: Callable[..., Any], *values: Any) -> Any:
-        return await asyncio.to_thread(method, *values)
-
-
-def build_settings(tls: TlsSwitch, port: int) -> Settings:
-    directory = tls.switch.directory
-    lanes = [
-        {
-            "profile": lane.profile,
-            "vlan": lane.vlan,
-            "queues": list(lane.queues),
-            "legA": {"interface": lane.leg_a.interface, "device": lane.leg_a.device},
-            "legB": {"interface": lane.leg_b.interface, "device": lane.leg_b.device},
-        }
-        for lane in LANES
-    ]
-    files = {"caFile": tls.ours.ca, "certFile": tls.ours.certificate, "keyFile": tls.ours.key}
-    return Settings.model_validate(
-        {
-            "stateDir": directory / "state",
-            "runDir": directory / "run",
-            "lanes": lanes,
-            "switch": {
-                "ovsdb": tls.ovsdb, "bridge": BRIDGE, "openflow": tls.openflow,
-                "tls": {**files, "serverName": NAME},
-            },
-            "api": {"port": port},
-        }
-    )  # fmt: skip
-
 
 @pytest.fixture
-async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr(Settings, "build_lanes", lambda self: LANES)
+def tls() -> Iterator[TlsSwitch]:
     with (
         tempfile.TemporaryDirectory(prefix="hp-") as name,
         open_tls_switch(Path(name), OFPORTS, time.time()) as tls,
     ):
-        for vm in VMS:
-            tls.vsctl(
-                "set", "Interface", f"p{vm}", f"external_ids:vm-id=vm-{vm}",
-                f'external_ids:attached-mac="{find_mac(vm)}"', f"external_ids:iface-id=if-{vm}",
-            )  # fmt: skip
-        for lane in LANES:
-            for leg in lane.legs:
-                tls.vsctl("set", "Port", leg.interface, f"tag={lane.vlan}", "protected=true")
-        (Path(name) / "run").mkdir()
-        (port,) = find_free_ports(1)
-        settings = build_settings(tls, port)
-        serving = asyncio.create_task(_serve(settings))
-        try:
-            await wait_until(settings.token_file.exists)
-            client = Client(Place(f"http://127.0.0.1:{port}", settings.token_file, "the test"))
-            await wait_until(lambda: _has_vms(client, serving), 20.0)
-            yield Service(tls, client, settings)
-            assert not serving.done(), serving
-        finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
+        attach_vms(tls.switch)
+        tag_legs(tls.switch)
+        yield tls
 
 
-async def _has_vms(client: Client, serving: asyncio.Task[int]) -> bool:
-    if serving.done():
-        raise RuntimeError(f"the service ended: {serving}")
-    try:
-        found = await asyncio.to_thread(client.find_vms)
-    except Exception:
-        return False
-    return len(found.items) == len(VMS)
+@pytest.fixture
+async def service(tls: TlsSwitch) -> AsyncIterator[Service]:
+    files = {"caFile": tls.ours.ca, "certFile": tls.ours.certificate, "keyFile": tls.ours.key}
+    switch = {
+        "ovsdb": tls.ovsdb,
+        "openflow": tls.openflow,
+        "tls": {**files, "serverName": NAME},
+    }
+    async with open_service(build_settings(tls.switch.directory, switch)) as service:
+        yield service
 
 
 async def put(service: Service) -> None:
@@ -120,10 +52,12 @@ async def put(service: Service) -> None:
     await service.ask(lambda: service.client.put_policies(text, in_force.etag, dry_run=False))
 
 
-async def test_policies_quarantine_and_ledger_work_over_tls(service: Service) -> None:
+async def test_policies_quarantine_and_ledger_work_over_tls(
+    tls: TlsSwitch, service: Service
+) -> None:
     await put(service)
-    dump = ["ovs-ofctl", "-O", "OpenFlow15", "dump-flows", service.tls.switch.target]
-    assert "cookie=0x4850" in service.tls.switch.run(*dump)
+    dump = ["ovs-ofctl", "-O", "OpenFlow15", "dump-flows", tls.switch.target]
+    assert "cookie=0x4850" in tls.switch.run(*dump)
 
     async def is_proved() -> bool:
         coverage = await service.ask(service.client.read_coverage, {})
@@ -142,15 +76,17 @@ async def test_policies_quarantine_and_ledger_work_over_tls(service: Service) ->
     ]
     assert health.components.switch.status == "ok"
     await service.ask(service.client.add_quarantine, QuarantineOrder(vm="vm-1", reason="a test"))
-    await wait_until(lambda: "in_port=1 actions=drop" in service.tls.switch.run(*dump), 10.0)
+    await wait_until(lambda: "in_port=1 actions=drop" in tls.switch.run(*dump), 10.0)
 
 
-async def test_health_and_doctor_say_which_certificate_is_wrong(service: Service) -> None:
+async def test_health_and_doctor_say_which_certificate_is_wrong(
+    tls: TlsSwitch, service: Service
+) -> None:
     facts = await asyncio.to_thread(read_switch, service.settings.switch)
     assert (facts.reachable, facts.found, facts.openflow.works) == (True, True, True)
     stranger = issue(NAME, [], ADDRESS, time.time())
-    service.tls.show(stranger.host, service.tls.pki.ca)
-    service.tls.listen("pssl")  # which ends the connections that are open
+    tls.show(stranger.host, tls.pki.ca)
+    tls.listen("pssl")  # which ends the connections that are open
 
     async def is_told() -> bool:
         health = await service.ask(service.client.read_health)
@@ -162,7 +98,7 @@ async def test_health_and_doctor_say_which_certificate_is_wrong(service: Service
     facts = await asyncio.to_thread(read_switch, service.settings.switch)
     assert not facts.reachable
     assert "is not trusted" in facts.reason
-    wrong = write_files(service.tls.switch.directory / "wrong", stranger.ca, stranger.appliance)
+    wrong = write_files(tls.switch.directory / "wrong", stranger.ca, stranger.appliance)
     other = service.settings.switch.model_copy(
         update={"tls": service.settings.switch.tls.model_copy(  # type: ignore[union-attr]
             update={"ca_file": wrong.ca, "cert_file": wrong.certificate, "key_file": wrong.key})}

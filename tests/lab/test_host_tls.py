@@ -31,7 +31,15 @@ from steering.switch.foreign import read_foreign
 from steering.switch.monitor import FlowMonitor
 from steering.tls import TlsFiles
 from tests.support.dummy_switch import BRIDGE
-from tests.support.shortcut_world import LANE, LANES, VMS, build_policies, build_segment, find_mac
+from tests.support.shortcut_world import (
+    LANE,
+    LANES,
+    OFPORTS,
+    VMS,
+    attach_vms,
+    build_policies,
+    build_segment,
+)
 from tests.support.tls_switch import (
     ADDRESS,
     NAME,
@@ -47,7 +55,6 @@ pytestmark = [pytest.mark.lab, pytest.mark.side_by_side]
 
 DAY = 86400.0
 ECHO = b'{"id":0,"method":"echo","params":[]}'
-OFPORTS = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
 
 
 @pytest.fixture
@@ -56,11 +63,7 @@ def tls() -> Iterator[TlsSwitch]:
         tempfile.TemporaryDirectory(prefix="hp-") as name,
         open_tls_switch(Path(name), OFPORTS, time.time()) as switch,
     ):
-        for vm in VMS:
-            switch.vsctl(
-                "set", "Interface", f"p{vm}", f"external_ids:vm-id=vm-{vm}",
-                f'external_ids:attached-mac="{find_mac(vm)}"', f"external_ids:iface-id=if-{vm}",
-            )  # fmt: skip
+        attach_vms(switch.switch)
         yield switch
 
 

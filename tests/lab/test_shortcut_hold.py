@@ -62,8 +62,5 @@ async def test_a_port_that_is_another_vms_now_keeps_no_shortcut(world: World) ->
         return ",in_port=3," in world.switch.run(*dump, "table=25")
 
     assert takes()
-    world.switch.run(
-        "ovs-vsctl", f"--db=unix:{world.switch.directory}/db.sock", "set", "Interface", "p3",
-        "external_ids:vm-id=vm-9",
-    )  # fmt: skip
+    world.switch.vsctl("set", "Interface", "p3", "external_ids:vm-id=vm-9")
     await wait_until(lambda: not takes())

@@ -9,114 +9,53 @@ import asyncio
 import json
 import tempfile
 import urllib.request
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from appliance.api.quarantine import QuarantineOrder
-from appliance.app import _serve
-from appliance.client import Client, Place, ServiceRefused
-from appliance.settings import Settings
+from appliance.client import Client, ServiceRefused
 from steering.parse import render_documents
-from tests.support.dummy_switch import BRIDGE, DummySwitch, open_dummy_switch
+from tests.support.dummy_switch import DummySwitch, open_dummy_switch
+from tests.support.service import Service, build_settings, open_service
 from tests.support.shortcut_world import (
     LANE,
-    LANES,
-    VMS,
+    OFPORTS,
     World,
+    attach_vms,
     build_policies,
     build_segment,
-    find_mac,
 )
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
-PORT = 8479
 
-
-@dataclass
-class Service:
-    switch: DummySwitch
-    client: Client
-    world: World
-
-    async def ask(self, method: Callable[..., Any], *values: Any) -> Any:
-        return await asyncio.to_thread(method, *values)
-
-
-def build_settings(directory: Path) -> Settings:
-    lanes = [
-        {
-            "profile": lane.profile,
-            "vlan": lane.vlan,
-            "queues": list(lane.queues),
-            "legA": {"interface": lane.leg_a.interface, "device": lane.leg_a.device},
-            "legB": {"interface": lane.leg_b.interface, "device": lane.leg_b.device},
-        }
-        for lane in LANES
-    ]
-    return Settings.model_validate(
-        {
-            "stateDir": directory / "state",
-            "runDir": directory / "run",
-            "lanes": lanes,
-            "switch": {
-                "ovsdb": f"unix:{directory}/db.sock",
-                "bridge": BRIDGE,
-                "openflow": f"unix:{directory}/{BRIDGE}.mgmt",
-            },
-            "api": {"port": PORT},
-        }
-    )
+@pytest.fixture
+def switch() -> Iterator[DummySwitch]:
+    with (
+        tempfile.TemporaryDirectory(prefix="hp-") as name,
+        open_dummy_switch(Path(name), OFPORTS) as switch,
+    ):
+        attach_vms(switch)
+        yield switch
 
 
 @pytest.fixture
-async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr(Settings, "build_lanes", lambda self: LANES)
-    with tempfile.TemporaryDirectory(prefix="hp-") as name:
-        directory = Path(name)
-        ports = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
-        with open_dummy_switch(directory, ports) as switch:
-            for vm in VMS:
-                switch.run(
-                    "ovs-vsctl", f"--db=unix:{directory}/db.sock", "set", "Interface", f"p{vm}",
-                    f"external_ids:vm-id=vm-{vm}", f'external_ids:attached-mac="{find_mac(vm)}"',
-                    f"external_ids:iface-id=if-{vm}",
-                )  # fmt: skip
-            settings = build_settings(directory)
-            (directory / "run").mkdir()
-            serving = asyncio.create_task(_serve(settings))
-            place = Place(f"http://127.0.0.1:{PORT}", settings.token_file, "the test")
-            try:
-                await wait_until(settings.token_file.exists)
-                client = Client(place)
-                await _wait_answers(client, serving)
-                world = World(
-                    switch=switch, reconciler=None, store=None, ingest=None,  # type: ignore[arg-type]
-                    eve=settings.eve_file(LANE), policies=build_policies(),
-                )  # fmt: skip
-                yield Service(switch, client, world)
-                assert not serving.done(), serving
-            finally:
-                serving.cancel()
-                await asyncio.gather(serving, return_exceptions=True)
+async def service(switch: DummySwitch) -> AsyncIterator[Service]:
+    doors = {"ovsdb": f"unix:{switch.directory}/db.sock", "openflow": switch.target}
+    async with open_service(build_settings(switch.directory, doors)) as service:
+        yield service
 
 
-async def _wait_answers(client: Client, serving: asyncio.Task[int]) -> None:
-    async def answers() -> bool:
-        if serving.done():
-            raise RuntimeError(f"the service ended: {serving}")
-        try:
-            await asyncio.to_thread(client.find_vms)
-        except Exception:
-            return False
-        return True
-
-    await wait_until(answers, 20.0)
+@pytest.fixture
+def world(switch: DummySwitch, service: Service) -> World:
+    """What is done to the switch and to EVE; the service is its own reconciler."""
+    return World(
+        switch=switch, reconciler=None, store=None, ingest=None,  # type: ignore[arg-type]
+        eve=service.settings.eve_file(LANE), policies=build_policies(),
+    )  # fmt: skip
 
 
 async def find_metrics(service: Service) -> dict[str, float]:
@@ -136,8 +75,8 @@ def read_page(client: Client, path: str) -> str:
         return str(answer.read().decode())
 
 
-async def test_a_shortcut_from_its_policy_to_its_return(service: Service) -> None:
-    ask, client, world = service.ask, service.client, service.world
+async def test_a_shortcut_from_its_policy_to_its_return(service: Service, world: World) -> None:
+    ask, client = service.ask, service.client
     documents = json.dumps(render_documents(world.policies))
     await ask(lambda: client.put_policies(documents, "*", dry_run=False))
     await world.wait_taught()

@@ -49,6 +49,9 @@ class DummySwitch:
         )
         return done.stdout
 
+    def vsctl(self, *argv: str) -> str:
+        return self.run("ovs-vsctl", f"--db=unix:{self.directory}/db.sock", *argv)
+
     def appctl(self, *argv: str) -> str:
         return self.run("ovs-appctl", "-t", str(self._control), *argv)
 
@@ -71,8 +74,7 @@ class DummySwitch:
         return self.directory / f"p{ofport}.pcap"
 
     def add_port(self, ofport: int) -> None:
-        self.run(
-            "ovs-vsctl", f"--db=unix:{self.directory}/db.sock",
+        self.vsctl(
             "add-port", BRIDGE, f"p{ofport}",
             "--", "set", "Interface", f"p{ofport}", "type=dummy", f"ofport_request={ofport}",
             f"options:tx_pcap={self._capture(ofport)}",
@@ -96,14 +98,13 @@ def open_dummy_switch(directory: Path, ofports: Sequence[int]) -> Iterator[Dummy
             "--bootstrap-ca-cert=db:Open_vSwitch,SSL,ca_cert",
             f"--pidfile={pids[0]}", *daemon,
         )  # fmt: skip
-        switch.run("ovs-vsctl", f"--db=unix:{directory}/db.sock", "--no-wait", "init")
+        switch.vsctl("--no-wait", "init")
         switch.run(
             "ovs-vswitchd", f"unix:{directory}/db.sock", "--enable-dummy=override", "--disable-system",
             f"--pidfile={pids[1]}", *daemon,
         )  # fmt: skip
-        switch.run(
-            "ovs-vsctl", f"--db=unix:{directory}/db.sock", "add-br", BRIDGE,
-            "--", "set", "Bridge", BRIDGE, "datapath_type=dummy", "fail-mode=secure",
+        switch.vsctl(
+            "add-br", BRIDGE, "--", "set", "Bridge", BRIDGE, "datapath_type=dummy", "fail-mode=secure",
         )  # fmt: skip
         for ofport in ofports:
             switch.add_port(ofport)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import timedelta
 from typing import Any
 
 import yaml
@@ -15,62 +14,31 @@ from pydantic import ValidationError
 
 from appliance.api.control import AlertBatch, IfMatch, NotFound, PolicyRevision, check_match
 from appliance.api.coverage import (
-    Canary,
     CanaryPage,
     CanaryProof,
     Coverage,
-    CoverageGap,
     CoverageHistory,
-    CoverageMoment,
-    CoveragePart,
-    CoverageSummary,
     LaneProof,
     LaneProofs,
-    PairCoverage,
 )
 from appliance.api.documents import (
     Alert,
     AlertDetail,
     AlertPage,
-    ComponentHealth,
-    Endpoint,
-    Event,
     EventPage,
-    ExplainLane,
-    ExplainStep,
     Explanation,
-    ExporterHealth,
-    Flow,
-    FlowAccounting,
     FlowPage,
     Health,
-    HealthComponents,
-    HealthProblem,
     HealthStatus,
     HealthSummary,
-    LaneHealth,
-    LaneRules,
-    PairChange,
-    PlanChange,
     PlanReport,
-    PlanSummary,
     PolicyDocuments,
-    Rule,
-    RuleFailure,
     RulePage,
-    RulesHealth,
     RulesStatus,
-    Signature,
-    SignatureCount,
     SignatureCounts,
     UpdateJob,
-    Vm,
-    VmAddress,
     VmEdit,
     VmList,
-    VmName,
-    VmPort,
-    build_time,
 )
 from appliance.api.problems import find_faults
 from appliance.api.quarantine import (
@@ -94,43 +62,14 @@ from appliance.api.queries import (
     SignatureQuery,
 )
 from appliance.api.shortcuts import (
-    ShortcutAccount,
     ShortcutConnection,
-    ShortcutEnd,
     ShortcutList,
     ShortcutReport,
 )
-from appliance.api.shuns import ShunList, ShunnedFlow, ShunReport
+from appliance.api.shuns import ShunList, ShunReport
 from steering.errors import FieldError, WrongInput
-from steering.model import Family, OnFailure, Profile, Trigger
-
-START = build_time(1_700_000_000.0)
-WEB = VmName(vm_id="vm-1", name="web1")
-APP = VmName(vm_id="vm-2", name="app1")
-RULE = (
-    'alert http any any -> any any (msg:"Shellshock"; content:"() {"; '
-    "reference:cve,2014-6271; sid:9000001; rev:2;)"
-)
-
-
-def build_alert(number: int) -> Alert:
-    """Alert ``number``, one second after the one before."""
-    return Alert(
-        id=number,
-        time=START + timedelta(seconds=number),
-        verdict="blocked" if number % 2 else "allowed",
-        lane="prevent",
-        policy="web-to-app",
-        signature=Signature(
-            sid=9_000_001, revision=2, message="Shellshock", severity=1, cves=("CVE-2014-6271",)
-        ),
-        source=Endpoint(address="10.77.0.1", port=40000 + number, vm=WEB, zones=("web",)),
-        destination=Endpoint(address="10.77.0.2", port=80, vm=APP, zones=("app",)),
-        protocol="tcp",
-        application="http",
-        flow_id="1234567890123456",
-        payload="GET / HTTP/1.1..User-Agent: () { :; };",
-    )
+from tests.support import api_samples as sample
+from tests.support.api_samples import APP, WEB
 
 
 class FakeControl:
@@ -139,37 +78,15 @@ class FakeControl:
     def __init__(self, *, alerts: int = 5, status: HealthStatus = "ok") -> None:
         self.fault: Exception | None = None
         self.status: HealthStatus = status
-        self.alerts = [build_alert(number) for number in range(1, alerts + 1)]
+        self.alerts = [sample.build_alert(number) for number in range(1, alerts + 1)]
         self.more = asyncio.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.revision = 1
         self.documents = PolicyDocuments(api_version="hairpin/v1", kind="List", items=())
         self.job = UpdateJob(state="idle")
         self.job_reads_left = 0
-        self.shunned = [
-            ShunnedFlow(
-                id="0123abcd",
-                flow="tcp,in_port=1,nw_src=10.77.0.1,nw_dst=10.77.0.2,tp_src=40005,tp_dst=80",
-                policy="web-to-app",
-                seconds_left=41.5,
-                dropped_packets=3,
-                dropped_bytes=300,
-            )
-        ]
-        self.shortcuts = [
-            ShortcutConnection(
-                id="4567cdef",
-                policy="web-to-app",
-                reason=Trigger.ONE_MEGABYTE,
-                family=Family.IPV4,
-                source=ShortcutEnd(vm=WEB, address="10.77.0.1", port=40009, packets=40, bytes=4000),
-                destination=ShortcutEnd(vm=APP, address="10.77.0.2", port=80, packets=2, bytes=200),
-                age_seconds=12.5,
-                idle_seconds=0.5,
-                packets=42,
-                bytes=4200,
-            )
-        ]
+        self.shunned = [sample.SHUNNED]
+        self.shortcuts = [sample.SHORTCUT]
         self.quarantined: dict[str, QuarantinedVm] = {}
 
     @property
@@ -177,7 +94,7 @@ class FakeControl:
         return f"{self.revision}-fake"
 
     def add_alert(self) -> None:
-        self.alerts.append(build_alert(len(self.alerts) + 1))
+        self.alerts.append(sample.build_alert(len(self.alerts) + 1))
         self.more.set()
         self.more = asyncio.Event()
 
@@ -196,32 +113,7 @@ class FakeControl:
 
     async def read_health(self) -> Health:
         self._check()
-        lane = LaneHealth(
-            name="prevent",
-            profile=Profile.PREVENT,
-            inspecting=self.status == "ok",
-            engine="running" if self.status == "ok" else "failed",
-            since=START,
-            rules_loaded=12,
-            bfd="up",
-        )
-        fine = ComponentHealth(status="ok", since=START)
-        return Health(
-            status=self.status,
-            version="0.1.0",
-            revision=self.revision,
-            started_at=START,
-            components=HealthComponents(
-                switch=fine,
-                lanes=(lane,),
-                store=fine,
-                exporters=(ExporterHealth(name="siem", status="ok", delivered=3),),
-                rules=RulesHealth(status="ok", since=START, updated_at=START),
-            ),
-            problems=()
-            if self.status == "ok"
-            else (HealthProblem(reason="an engine is down", mend="see its log", since=START),),
-        )
+        return sample.build_health(self.status, self.revision)
 
     async def read_status(self) -> HealthSummary:
         self._check()
@@ -229,28 +121,7 @@ class FakeControl:
 
     async def find_vms(self) -> VmList:
         self._check()
-        return VmList(
-            items=tuple(
-                Vm(
-                    vm_id=vm.vm_id,
-                    name=vm.name,
-                    tags={"tier": vm.name[:3]},
-                    zones=(vm.name[:3],),
-                    ports=(
-                        VmPort(
-                            interface=f"tap{number}",
-                            mac=f"02:00:00:00:00:0{number}",
-                            bridge="br-int",
-                            ofport=number,
-                            link_up=True,
-                        ),
-                    ),
-                    addresses=(VmAddress(address=f"10.77.0.{number}", since=START),),
-                    in_scope=True,
-                )
-                for number, vm in enumerate((WEB, APP), start=1)
-            )
-        )
+        return sample.build_vms()
 
     async def edit_vm(
         self, vm_id: str, edit: VmEdit, if_match: IfMatch, *, dry_run: bool
@@ -270,17 +141,7 @@ class FakeControl:
         vm = next((vm for vm in (WEB, APP) if order.vm in (vm.name, vm.vm_id)), None)
         if vm is None:
             raise NotFound(f"no VM {order.vm}", "`hairpin vms` lists those that are known")
-        until = None if order.seconds is None else START + timedelta(seconds=order.seconds)
-        one = QuarantinedVm(
-            vm_id=vm.vm_id or "",
-            vm=vm.name,
-            since=START,
-            until=until,
-            reason=order.reason,
-            on_switch=True,
-            dropped_packets=7,
-            dropped_bytes=700,
-        )
+        one = sample.build_quarantined(vm, order)
         self.quarantined[vm.name] = one
         return QuarantineReport(quarantine=one, seconds=0.011)
 
@@ -313,10 +174,7 @@ class FakeControl:
 
     async def find_shortcuts(self, query: ShortcutQuery) -> ShortcutList:
         self._check()
-        account = ShortcutAccount(
-            policy="web-to-app", reason=Trigger.ONE_MEGABYTE, limit=50, return_on_alert=True,
-            open=len(self.shortcuts), connections=12, returned=3, packets=345, bytes=67_890,
-        )  # fmt: skip
+        account = sample.build_shortcut_account(len(self.shortcuts))
         return ShortcutList(items=tuple(self._find_shortcuts(query)), accounts=(account,))
 
     async def return_shortcuts(self, wanted: ShortcutFilter) -> ShortcutReport:
@@ -356,68 +214,28 @@ class FakeControl:
         if not dry_run:
             self.documents = documents
             self.revision += 1
-        return PlanReport(
-            revision=self.revision,
-            etag=self.etag,
-            applied=not dry_run,
-            seconds=0.012,
-            summary=PlanSummary(added=1, deleted=1),
-            changes=(
-                PlanChange(kind="add", text="table=POLICY,priority=100,ip actions=..."),
-                PlanChange(kind="delete", text="table=POLICY,priority=90,ip actions=..."),
-            ),
-            pairs=(PairChange(source=WEB, destination=APP, before="blind", after="inspected"),),
-        )
+        return sample.build_plan_report(self.revision, self.etag, applied=not dry_run)
 
     async def read_coverage(self, query: CoverageQuery) -> Coverage:
         self._check()
-        pairs = (
-            PairCoverage(
-                source=WEB,
-                destination=APP,
-                status="inspected",
-                parts=(
-                    CoveragePart(
-                        what="tcp/80 ipv4",
-                        treatment="inspect",
-                        policy="web-to-app",
-                        profile=Profile.PREVENT,
-                        on_failure=OnFailure.CLOSED,
-                    ),
-                ),
-            ),
-            PairCoverage(
-                source=APP, destination=WEB, status="blind", reason="no policy names this pair"
-            ),
+        pairs = tuple(
+            pair
+            for pair in sample.PAIRS
+            if query.status in (None, pair.status)
+            and query.vm in (None, pair.source.name, pair.destination.name)
         )
-        return Coverage(
-            summary=CoverageSummary(
-                machines=2, pairs=2, inspected=1, blind=1, inspected_percent=50, blind_percent=50
-            ),
-            gaps=(CoverageGap(reason="app1 has no address yet", vms=(APP,)),),
-            items=tuple(
-                pair
-                for pair in pairs
-                if query.status in (None, pair.status)
-                and query.vm in (None, pair.source.name, pair.destination.name)
-            ),
-        )
+        return sample.build_coverage(pairs)
 
     async def read_coverage_history(self, query: HistoryQuery) -> CoverageHistory:
-        moment = CoverageMoment(
-            at=START, revision=1, cause="policy", pairs=2, inspected_percent=50.0, partial_percent=0.0,
-            direct_percent=0.0, denied_percent=0.0, blind_percent=50.0, lanes_proved=1, lanes=1,
-        )  # fmt: skip
-        return CoverageHistory(items=(moment,))
+        return CoverageHistory(items=(sample.MOMENT,))
 
     async def find_canaries(self, query: CanaryQuery) -> CanaryPage:
-        canary = Canary(
-            id=1, at=START, lane="prevent", cause="schedule", result="passed", seconds=0.4
-        )
-        return CanaryPage(items=(canary,) if query.lane in (None, "prevent") else ())
+        return CanaryPage(items=(sample.CANARY,) if query.lane in (None, "prevent") else ())
 
     async def prove_lanes(self) -> LaneProofs:
-        lane = LaneProof(lane="prevent", inspecting=True, canary=CanaryProof(at=START, passed=True))
+        lane = LaneProof(
+            lane="prevent", inspecting=True, canary=CanaryProof(at=sample.START, passed=True)
+        )
         return LaneProofs(lanes=(lane,))
 
     async def render_metrics(self) -> bytes:
@@ -429,57 +247,21 @@ class FakeControl:
         for name in (query.source, query.destination):
             if name not in known:
                 raise NotFound(f"there is no VM {name}", "`hairpin vms` lists them")
-        return Explanation(
-            source=known[query.source],
-            destination=known[query.destination],
-            protocol=query.protocol,
-            port=query.port,
-            family=query.family,
-            inspected=True,
-            treatment="inspect",
-            policy="web-to-app",
-            profile=Profile.PREVENT,
-            on_failure=OnFailure.CLOSED,
-            reason="policy web-to-app names it",
-            lane=ExplainLane(name="prevent", profile=Profile.PREVENT, vlan=100, inspecting=True),
-            tables=(ExplainStep(table="CLASSIFY", text="from tap1"),),
-        )
-
-    def _lanes(self) -> tuple[LaneRules, ...]:
-        return (
-            LaneRules(
-                lane="prevent",
-                profile=Profile.PREVENT,
-                revision="1c0ffee",
-                loaded=12,
-                failed=1,
-                failures=(RuleFailure(sid=7, rule="alert x", reason="unknown protocol x"),),
-                updated_at=START,
-                last_good=True,
-            ),
-        )
+        return sample.build_explanation(query, known[query.source], known[query.destination])
 
     async def read_rules(self) -> RulesStatus:
         self._check()
-        return RulesStatus(lanes=self._lanes())
+        return RulesStatus(lanes=sample.LANE_RULES)
 
     async def find_rules(self, query: RuleQuery) -> RulePage:
         self._check()
-        rule = Rule(
-            sid=9_000_001,
-            revision=2,
-            lane="prevent",
-            action="drop",
-            message="Shellshock",
-            cves=("CVE-2014-6271",),
-            text=RULE,
-        )
+        rule = sample.RULE
         wanted = query.sid in (None, rule.sid) and query.cve in (None, *rule.cves)
         return RulePage(items=(rule,) if wanted else ())
 
     async def start_rules_update(self) -> UpdateJob:
         self._check()
-        self.job = UpdateJob(state="running", step="fetching", started_at=START)
+        self.job = UpdateJob(state="running", step="fetching", started_at=sample.START)
         self.job_reads_left = 1
         return self.job
 
@@ -491,9 +273,9 @@ class FakeControl:
                 self.job = self.job.model_copy(
                     update={
                         "state": "succeeded",
-                        "ended_at": START,
+                        "ended_at": sample.START,
                         "changed": True,
-                        "lanes": self._lanes(),
+                        "lanes": sample.LANE_RULES,
                     }
                 )
         return self.job
@@ -515,8 +297,9 @@ class FakeControl:
 
     async def count_signatures(self, query: SignatureQuery) -> SignatureCounts:
         self._check()
-        counted = SignatureCount(sid=1, message="jndi", severity=1, alerts=2, blocked=2)
-        return SignatureCounts(since=START, until=START, items=(counted,)[: query.limit])
+        return SignatureCounts(
+            since=sample.START, until=sample.START, items=(sample.COUNT,)[: query.limit]
+        )
 
     async def find_alert(self, alert_id: int) -> AlertDetail:
         self._check()
@@ -543,50 +326,11 @@ class FakeControl:
 
     async def find_flows(self, query: FlowQuery) -> FlowPage:
         self._check()
-        alert = self.alerts[0]
-        return FlowPage(
-            items=(
-                Flow(
-                    id=1,
-                    started_at=START,
-                    ended_at=START + timedelta(seconds=2),
-                    source=alert.source,
-                    destination=alert.destination,
-                    protocol="tcp",
-                    application="HTTP",
-                    packets_sent=6,
-                    bytes_sent=480,
-                    packets_received=5,
-                    bytes_received=1200,
-                    treatment="inspect",
-                    policy="web-to-app",
-                ),
-            ),
-            accounting=FlowAccounting(
-                since=START,
-                until=START + timedelta(seconds=60),
-                switch_packets=100,
-                recorded_packets=98,
-                missed_packets=2,
-                missed_percent=2.0,
-            ),
-        )
+        return sample.build_flows(self.alerts[0])
 
     async def find_events(self, query: EventQuery) -> EventPage:
         self._check()
-        return EventPage(
-            items=(
-                Event(
-                    id=1,
-                    time=START,
-                    level="info",
-                    kind="policy.applied",
-                    subject="revision 1",
-                    text="Revision 1 is in force",
-                    details={"revision": 1},
-                ),
-            )
-        )
+        return EventPage(items=(sample.EVENT,))
 
 
 def matches(alert: Alert, wanted: AlertFilter) -> bool:

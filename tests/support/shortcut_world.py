@@ -50,6 +50,7 @@ LANES = tuple(
     for lane in THREE_LEGGED
 )
 LANE = LANES[0]
+OFPORTS = (*VMS, *(leg.ofport for lane in LANES for leg in lane.legs))
 LEG_A, LEG_B, LEG_C = (leg.ofport for leg in LANE.legs)
 CODE = PRIORITY_CODES[Trigger.ONE_MEGABYTE]
 PAYLOAD = b"x" * 64
@@ -67,6 +68,22 @@ def build_policies(cut: Shortcut | None = None) -> PolicySet:
 
 def find_mac(vm: int) -> str:
     return f"02:00:00:00:00:{vm:02x}"
+
+
+def attach_vms(switch: DummySwitch) -> None:
+    """Tell whose the VMs' ports are, as libvirt does."""
+    for vm in VMS:
+        switch.vsctl(
+            "set", "Interface", f"p{vm}", f"external_ids:vm-id=vm-{vm}",
+            f'external_ids:attached-mac="{find_mac(vm)}"', f"external_ids:iface-id=if-{vm}",
+        )  # fmt: skip
+
+
+def tag_legs(switch: DummySwitch) -> None:
+    """Make the legs' ports what a host's preparation makes them: of the lane's VLAN, and protected."""
+    for lane in LANES:
+        for leg in lane.legs:
+            switch.vsctl("set", "Port", leg.interface, f"tag={lane.vlan}", "protected=true")
 
 
 def build_segment(
@@ -177,13 +194,7 @@ async def open_world(
     """``directory``: short, since sockets lie in it."""
     ports = (*VMS, *(leg.ofport for lane in lanes for leg in lane.legs))
     with open_dummy_switch(directory, ports) as switch:
-        database = f"--db=unix:{directory}/db.sock"
-        for vm in VMS:
-            switch.run(
-                "ovs-vsctl", database, "set", "Interface", f"p{vm}",
-                f"external_ids:vm-id=vm-{vm}", f'external_ids:attached-mac="{find_mac(vm)}"',
-                f"external_ids:iface-id=if-{vm}",
-            )  # fmt: skip
+        attach_vms(switch)
         store = Store(directory / "hairpin.db")
         told: list[SteeringEvent] = []
         reconciler = Reconciler(

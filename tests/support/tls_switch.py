@@ -53,7 +53,7 @@ class TlsSwitch:
         return f"ssl:{ADDRESS}:{self.openflow_port}"
 
     def vsctl(self, *argv: str) -> str:
-        return self.switch.run("ovs-vsctl", f"--db=unix:{self.switch.directory}/db.sock", *argv)
+        return self.switch.vsctl(*argv)
 
     def show(self, shown: Issued, trusted: Issued) -> None:
         """Give the switch another certificate, or another CA to check its clients by."""

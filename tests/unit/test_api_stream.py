@@ -15,8 +15,9 @@ import pytest
 from appliance.api.server import open_server
 from appliance.api.stream import StreamLimits
 from steering.errors import SwitchError
+from tests.support.api_samples import build_alert
 from tests.support.api_server import ANY_PORT, TOKEN
-from tests.support.fake_control import FakeControl, build_alert
+from tests.support.fake_control import FakeControl
 
 Event = dict[str, str]
 

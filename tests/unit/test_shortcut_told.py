@@ -11,12 +11,12 @@ from appliance.management.health import Facts, build_health
 from appliance.management.proof import build_ledger
 from appliance.management.render import build_explanation, build_pair
 from appliance.rules.model import RulesState
+from steering.change import SwitchStatus
 from steering.coverage import build_coverage
 from steering.decide import Connection, resolve_machines
 from steering.explain import explain
 from steering.ledger import Ledger
 from steering.model import Family, Lane, PolicySet, Protocol, Trigger
-from steering.reconcile import SwitchStatus
 from tests.support.shortcut_world import build_policies
 from tests.support.worlds import LANES, THREE_LEGGED, build_port
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from appliance.cli import run_cli
 from appliance.image.boots import (
     BootVersion,
     TrialRecord,
@@ -63,6 +65,26 @@ def test_it_is_told_with_the_reason_that_was_kept() -> None:
     assert render_failed(silent, "0.1.0") == (
         "version 0.2.0 was tried once and failed, 0.1.0 runs again: it never came as far as to be checked"
     )
+
+
+def test_the_command_tells_each_version_and_what_follows_from_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = BootVersion(version="0.2.0", left=0, done=3, at=5.0, lacking=("no lanes",))
+    found = (BootVersion(version="0.1.0", running=True), failed)
+    monkeypatch.setattr("appliance.image.boots.read_boots", lambda: found)
+    assert run_cli(["image", "boots", "--json"]) == 0
+    good, bad = json.loads(capsys.readouterr().out)["items"]
+    assert (good["version"], good["running"], good["state"]) == ("0.1.0", True, "good")
+    assert bad == {
+        "version": "0.2.0",
+        "running": False,
+        "state": "tried 3 times and failed",
+        "left": 0,
+        "done": 3,
+        "failed": True,
+        "lacking": ["no lanes"],
+    }
 
 
 def test_what_is_lacking_outlives_the_version(tmp_path: Path) -> None:
