@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +165,14 @@ def test_without_a_seed_it_tells_so_and_nothing_of_the_product_runs(inside: Insi
     assert inside["config"] == "faults.json"
 
 
+def flip_byte(disk: Path, place: int) -> None:
+    with disk.open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+
+
 def test_a_root_with_a_flipped_byte_is_not_used(
     image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -171,12 +181,7 @@ def test_a_root_with_a_flipped_byte_is_not_used(
     disk = at / "disk.raw"
     shutil.copyfile(image, disk)
     label = image.name.removesuffix(".raw")
-    with disk.open("r+b") as stream:
-        place = find_partition(disk, label).offset + 1024 + 40
-        stream.seek(place)
-        byte = stream.read(1)[0]
-        stream.seek(place)
-        stream.write(bytes([byte ^ 1]))
+    flip_byte(disk, find_partition(disk, label).offset + 1024 + 40)
     with run_vm(VmSpec(disk=disk, directory=at / "vm")) as vm:
         vm.wait_for(r"device-mapper: verity: .* data block 0 is corrupted", BOOT_SECONDS)
         seen = len(vm.read_console())
@@ -185,6 +190,36 @@ def test_a_root_with_a_flipped_byte_is_not_used(
             r"BdsDxe: starting|EFI stub|Linux version|verity: .* is corrupted", 300.0, after=seen
         )
         assert "Hairpin" not in vm.read_console()
+
+
+def find_kernel(disk: Path, label: str) -> int:
+    """Where on the disk a byte in the middle of its signed kernel image is: as its initrd has it, in no header."""
+    esp = find_partition(disk, "esp")
+    path = f"::/EFI/Linux/{label}+3.efi"
+    argv = ["mcopy", "-i", f"{disk}@@{esp.offset}", path, "-"]
+    kernel = subprocess.run(argv, capture_output=True, check=True, timeout=60).stdout
+    sample = kernel[len(kernel) // 2 :][:512]
+    with (
+        disk.open("rb") as stream,
+        mmap.mmap(stream.fileno(), esp.offset + esp.size, prot=mmap.PROT_READ) as view,
+    ):
+        place = view.find(sample, esp.offset)
+    assert place > 0
+    return place + 100
+
+
+def test_a_kernel_with_a_flipped_byte_is_not_started(
+    image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The firmware refuses it, with the image's own key enrolled by the boot loader before."""
+    at = tmp_path_factory.mktemp("flipped")
+    disk = at / "disk.raw"
+    shutil.copyfile(image, disk)
+    flip_byte(disk, find_kernel(disk, image.name.removesuffix(".raw")))
+    with run_vm(VmSpec(disk=disk, directory=at / "vm", secure_boot=True)) as vm:
+        enrolled = vm.wait_for("Custom Secure Boot keys successfully enrolled", BOOT_SECONDS)
+        vm.wait_for("Access denied", 120.0, after=enrolled.end())
+        assert "Linux version" not in vm.read_console()
 
 
 @pytest.fixture(scope="module")

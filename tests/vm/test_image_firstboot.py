@@ -32,7 +32,7 @@ from tests.support.vm_seed import (
     render_user_data,
     write_iso,
 )
-from tests.vm.test_image_boot import DISK_BYTES, Inside, parse_facts
+from tests.vm.test_image_boot import DISK_BYTES, Inside, flip_byte, parse_facts
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
@@ -92,12 +92,8 @@ def refreshed(
 def flip_bundle(disk: Path) -> None:
     """A byte in each of its copies."""
     part = find_partition(disk, "hairpin-rules")
-    with disk.open("r+b") as stream:
-        for at in (part.offset + 300, part.offset + part.size // 2 + 300):
-            stream.seek(at)
-            byte = stream.read(1)[0]
-            stream.seek(at)
-            stream.write(bytes([byte ^ 1]))
+    for at in (part.offset + 300, part.offset + part.size // 2 + 300):
+        flip_byte(disk, at)
 
 
 @pytest.fixture(scope="module")
