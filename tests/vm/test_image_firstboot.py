@@ -296,8 +296,9 @@ def test_a_wrong_seed_is_told_on_the_console(refused: Inside) -> None:
     assert "http://...:8470/health" in console
 
 
-def ask_once_it_listens(url: str, seconds: float) -> urllib.error.HTTPError:
+def ask_once_it_listens(port: int, seconds: float) -> urllib.error.HTTPError:
     """The refusal that it answers with. Its unit is active before its program listens."""
+    url = f"http://127.0.0.1:{port}/health"
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -313,7 +314,7 @@ def ask_once_it_listens(url: str, seconds: float) -> urllib.error.HTTPError:
 
 
 def test_a_wrong_seed_is_told_by_health(host: VmHost, refused: Inside) -> None:
-    told = ask_once_it_listens(f"http://127.0.0.1:{host.port}/health", 120.0)
+    told = ask_once_it_listens(host.port, 120.0)
     assert told.code == 503
     health = Health.model_validate_json(told.read())
     assert health.status == "failing"
