@@ -181,8 +181,9 @@ write_outputs() {
         name=$2
         qemu-img convert -m 1 -c -f raw -O qcow2 -o compression_type=zstd "$name.raw" "$name.qcow2"
         jq -S --null-input --slurpfile debian "$name.manifest" --slurpfile python python.json \
+            --slurpfile gone gone.json \
             --arg name "$name" --arg version "$3" --arg commit "$4" --argjson epoch "$5" -f "$6" >"$name.cdx.json"
-        rm -f python.json "$name" "$name.vmlinuz" "$name.initrd"' \
+        rm -f python.json gone.json "$name" "$name.vmlinuz" "$name.initrd"' \
         bash "$MAKING" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
         fail "the outputs can't be written" "see what was said above; is the disk full?"
     say "signing the manifest of every byte"

@@ -266,6 +266,54 @@ def test_a_stale_engine_fails_the_build(engine: str, tmp_path: Path) -> None:
     assert f"Suricata {engine} is older than the floor" in done.stderr
 
 
+def test_nothing_of_perl_is_left(tmp_path: Path) -> None:
+    """The real function of the build's last step, on a small tree."""
+    kept = {
+        "usr/bin/hairpin": "#!/usr/bin/python3\n# not perl\n#!/usr/bin/perl\n",
+        "usr/sbin/nft": "\x7fELF\0perl",
+    }
+    gone = {
+        "usr/bin/perl": "\x7fELF",
+        "usr/bin/perl5.40.1": "\x7fELF",
+        "usr/bin/cpan": "#!/usr/bin/perl\n",
+        "usr/sbin/adduser": "#! /usr/bin/perl -w\n",
+        "usr/bin/own": "#!/usr/bin/env perl\n",
+        "usr/lib/ssl/misc/CA.pl": "#!/usr/bin/perl\n",
+        "usr/share/perl/5.40.1/CPAN.pm": "",
+        "usr/share/perl5/Debian.pm": "",
+        "usr/lib/x86_64-linux-gnu/perl-base/Config.pm": "",
+        "usr/lib/x86_64-linux-gnu/libperl.so.5.40": "",
+        "etc/perl/sitecustomize.pl": "",
+    }
+    for name, text in {**kept, **gone}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    define = f"eval \"$(sed -n '/^remove_perl()/,/^}}/p' {BUILD}/mkosi.finalize.chroot)\""
+    done = run_shell(f'{define}\nremove_perl "{tmp_path}"')
+    assert (done.returncode, done.stderr) == (0, "")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept)
+
+
+def test_a_package_counts_as_long_as_one_of_its_files_is_there(tmp_path: Path) -> None:
+    lists = {
+        "nft.list": "/.\n/usr\n/usr/sbin/nft\n/usr/share/doc/nft/copyright\n",
+        "libc6:amd64.list": "/.\n/usr/lib/libc.so.6\n",
+        "libperl5.40:amd64.list": "/.\n/usr\n/usr/lib/libperl.so.5.40\n",
+        "dpkg.list": "/usr/bin/dpkg\n/usr/lib/dpkg\n",
+    }
+    (tmp_path / "lists").mkdir()
+    for name, text in lists.items():
+        (tmp_path / "lists" / name).write_text(text)
+    (tmp_path / "root/usr/sbin").mkdir(parents=True)
+    (tmp_path / "root/usr/lib").mkdir()
+    (tmp_path / "root/usr/sbin/nft").write_text("")
+    (tmp_path / "root/usr/lib/libc.so.6").symlink_to("libc-2.41.so")
+    define = f"eval \"$(sed -n '/^find_gone()/,/^}}/p' {BUILD}/mkosi.finalize.chroot)\""
+    done = run_shell(f'{define}\nfind_gone "{tmp_path}/root" "{tmp_path}/lists"')
+    assert json.loads(done.stdout) == ["dpkg", "libperl5.40"]
+
+
 def make_bill() -> dict[str, Any]:
     debian = [
         {
@@ -275,6 +323,7 @@ def make_bill() -> dict[str, Any]:
             "architecture": "amd64",
         },
         {"type": "deb", "name": "libc6", "version": "2.41-12", "architecture": "amd64"},
+        {"type": "deb", "name": "perl", "version": "5.40.1-6", "architecture": "amd64"},
     ]
     python = [
         {"name": "Typing_Extensions", "version": "4.1"},
@@ -282,6 +331,7 @@ def make_bill() -> dict[str, Any]:
     ]
     argv = ["jq", "-S", "--null-input", "--argjson", "debian", json.dumps([{"packages": debian}])]
     argv += ["--argjson", "python", json.dumps([python]), "--arg", "version", "0.1.0"]
+    argv += ["--argjson", "gone", json.dumps([["perl"]])]
     argv += [
         "--arg",
         "commit",
@@ -297,7 +347,7 @@ def make_bill() -> dict[str, Any]:
     return bill
 
 
-def test_the_bill_of_materials_names_every_package_but_our_own() -> None:
+def test_the_bill_of_materials_names_every_package_but_our_own_and_those_taken_away() -> None:
     bill = make_bill()
     assert [part["purl"] for part in bill["components"]] == [
         "pkg:deb/debian/libc6@2.41-12?arch=amd64&distro=debian-13",
