@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 import uuid
 import warnings
 from pathlib import Path
@@ -287,6 +291,36 @@ def test_a_place_too_small_to_unpack_in_is_told(tmp_path: Path) -> None:
         assert [one.name for one in small.iterdir()] == ["disk.qcow2"]
     finally:
         run("umount", small)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_is_ended_while_it_unpacks_leaves_nothing(
+    image: Image, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The real one is done too soon to be met at work: this `qemu-img` writes a byte and waits."""
+    folder, programs = tmp_path / "folder", tmp_path / "programs"
+    folder.mkdir()
+    programs.mkdir()
+    run("qemu-img", "create", "-f", "qcow2", folder / "disk.qcow2", "1M")
+    slow = programs / "qemu-img"
+    slow.write_text(
+        "#!/bin/sh\ncase $1 in info) echo '{\"virtual-size\": 1048576}' ;; *) shift $(($# - 1));"
+        f' echo x >"$1"; echo $$ >{tmp_path}/pid; exec sleep 60 ;; esac\n'
+    )
+    slow.chmod(0o755)
+    argv = [sys.executable, "-m", "appliance.cli", "image", "verify", str(folder / "disk.qcow2")]
+    child = subprocess.Popen(
+        [*argv, "--certificate", str(image.keys.certificate)],
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+    )
+    deadline = time.monotonic() + 20
+    while not list(folder.glob(".hairpin-*/disk.raw")) or not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(number)
+    assert child.wait(10) == 128 + number
+    assert [one.name for one in folder.iterdir()] == ["disk.qcow2"]
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
 def test_a_place_where_nothing_can_be_unpacked_is_told(tmp_path: Path) -> None:
