@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlite_utils import Database
 
+from appliance.alerts.configuration import Part, keep_configuration
 from appliance.alerts.eve import normalise_address
 from appliance.alerts.model import FlowRecord, Revision
 from appliance.alerts.rows import build_flow_row, insert_sql
@@ -150,6 +151,7 @@ def record_applied(db: Database, number: int, at: float, report: object) -> None
         "UPDATE revisions SET applied_at = ?, report = ? WHERE number = ?",
         (at, json.dumps(report), number),
     )
+    keep_configuration(db, Part.POLICIES)
 
 
 def load_revision(db: Database, number: int | None = None) -> Revision | None:
@@ -205,6 +207,7 @@ def record_cursor(db: Database, name: str, last_id: int, at: float) -> None:
         " updated_at = excluded.updated_at",
         (name, last_id, at),
     )
+    keep_configuration(db, Part.CURSORS)
 
 
 def find_rows(

@@ -192,6 +192,7 @@ class Management:
             ledger=self._watches.ledger.last,
             stale_after=self._settings.rules.stale_seconds,
             disks=self._watches.disk.states,
+            mended=self._store.mended,
             boots=read_versions(BOOT_REPORT),
             shortcut_faults=tuple(
                 filter(None, (self.shortcut.fault, self._watches.shortcuts.fault))
@@ -391,7 +392,7 @@ class Management:
         """Until the store takes it: after a restart the revision before would be in force else."""
         while True:
             try:
-                await self._store.write(lambda db: record_applied(db, number, at, report))
+                await self._store.write_lasting(lambda db: record_applied(db, number, at, report))
                 break
             except StoreError as fault:
                 log.error("revision not noted as applied", revision=number, reason=fault.reason)
