@@ -1,9 +1,9 @@
 """What of the database is configuration: kept twice, with a digest, and compared before it is used.
 
-The rows stand in their own tables. The table `configuration` has, for each part of it, the digest of its rows and a copy
-of them, written in the transaction that changes the rows. Of rows, copy and digest any two that agree are right:
-one flipped byte is mended and told. Where no two agree nothing is used. A digest tells damage, not somebody
-who can write to the disk.
+The rows stand in their own tables. The table `configuration` has, for each part of it, the digest of its rows and
+a copy of them, written in the transaction that changes the rows. Of rows, copy and digest any two that agree are
+right: one flipped byte is mended and told. Where no two agree nothing is used. A digest tells damage, not
+somebody who can write to the disk.
 """
 
 from __future__ import annotations

@@ -102,7 +102,16 @@ def find_open_events(db: Database, kind: str) -> list[dict[str, Any]]:
     rows = find_rows(
         db, "SELECT * FROM events WHERE kind = ? AND ended_at IS NULL ORDER BY id", (kind,)
     )
-    return [{**row, "detail": json.loads(row["detail"])} for row in rows]
+    return [{**row, "detail": _read_detail(row["detail"])} for row in rows]
+
+
+def _read_detail(text: str) -> dict[str, Any]:
+    """Of an event; empty where it was damaged: what goes on from it must go on."""
+    try:
+        detail = json.loads(text)
+    except ValueError:
+        return {}
+    return detail if isinstance(detail, dict) else {}
 
 
 def record_repeated(
@@ -126,7 +135,7 @@ def record_repeated(
         " ORDER BY id DESC LIMIT 1",
         (kind, subject, at - REPEAT_SECONDS),
     )
-    before = int(json.loads(last[0]["detail"]).get("count", 1)) if last else 0
+    before = int(_read_detail(last[0]["detail"]).get("count", 1)) if last else 0
     counted = {**(detail or {}), "count": before + count}
     if not last:
         return record_event(

@@ -127,9 +127,7 @@ class Store:
 
         When it raises, nothing of it stays. Raises StoreError for failures of the database.
         """
-        result = await asyncio.get_running_loop().run_in_executor(
-            self._writer, self._write, change
-        )
+        result = await asyncio.get_running_loop().run_in_executor(self._writer, self._write, change)
         if self._unsettled:
             self._writer.submit(self._settle)  # nobody waits for it
         return result
@@ -231,7 +229,9 @@ class Store:
             try:
                 self._unsettled = not empty_log(self._database.conn)
             except sqlite3.Error as fault:
-                log.warning("log of the database not emptied", path=str(self.path), fault=str(fault))
+                log.warning(
+                    "log of the database not emptied", path=str(self.path), fault=str(fault)
+                )
 
     def _read(self, question: Callable[[Database], T]) -> T:
         try:

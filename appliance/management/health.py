@@ -249,7 +249,9 @@ def _judge_store(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compone
     for disk in facts.disks:
         _problem(problems, disk.reason, "free space there, or give it more", disk.since)
     for mended in facts.mended:
-        mend = "it is mended; check the disk, of which more may be damaged, then restart the service"
+        mend = (
+            "it is mended; check the disk, of which more may be damaged, then restart the service"
+        )
         _problem(problems, mended, mend, facts.started_at)
     faults = [f"{lane.lane}: {lane.fault}" for lane in facts.ingest if lane.fault]
     if facts.flows_fault:

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,20 +70,25 @@ def apply_policies(db: Database, policies: PolicySet, at: float) -> int:
     return number
 
 
+async def add_events(store: Store, count: int) -> None:
+    """Each in a transaction of its own."""
+    for number in range(count):
+        add = partial(record_event, at=90.0, kind="a.b", severity="info", message=f"{number}")
+        await store.write(add)
+
+
 async def fill(store: Store) -> Configuration:
     """Two revisions in force after another, one that never was, two in quarantine, two exporters; and data."""
     whole = build_policies()
     first = replace(whole, policies=whole.policies[:1])
     await store.write_lasting(lambda db: apply_policies(db, first, 50.0))
-    for number in range(200):
-        at = float(number)
-        await store.write(lambda db: record_event(db, at, "a.b", "info", f"event at {at}"))
+    await add_events(store, 200)
     await store.write_lasting(lambda db: apply_policies(db, whole, 60.0))
     await store.write(lambda db: record_revision(db, 70.0, "api", render_documents(first)))
     for one in SHUT_OFF:
-        await store.write_lasting(lambda db: store_quarantine(db, one))
+        await store.write_lasting(partial(store_quarantine, one=one))
     for name, last in (("siem", 4711), ("archive", 4000)):
-        await store.write(lambda db: record_cursor(db, name, last, 80.0))
+        await store.write(partial(record_cursor, name=name, last_id=last, at=80.0))
     await store.write(lambda db: record_holding(db, "10.0.0.5", "vm-1", 81.0))
     return await read_configuration(store)
 
@@ -102,9 +108,9 @@ async def look(path: Path) -> Configuration | str:
         finally:
             store.close()
     except StoreError as fault:
-        assert fault.damaged, fault
-        assert fault.mend
-        return fault.reason
+        if fault.damaged and fault.mend:
+            return fault.reason
+        raise
 
 
 def flip(path: Path, at: int, bit: int) -> None:
@@ -117,15 +123,13 @@ def flip(path: Path, at: int, bit: int) -> None:
 
 def find_pages(path: Path) -> list[int]:
     """Places in the file of the pages that configuration and its copies stand in."""
-    wanted = [*Part, "configuration"]
+    wanted = {*map(str, Part), "configuration"}
     with contextlib.closing(sqlite3.connect(path)) as db:
         (size,) = db.execute("PRAGMA page_size").fetchone()
         pages = db.execute(
-            "SELECT pageno FROM dbstat JOIN sqlite_schema USING (name) WHERE tbl_name IN "
-            f"({','.join('?' * len(wanted))})",
-            wanted,
+            "SELECT tbl_name, pageno FROM dbstat JOIN sqlite_schema USING (name)"
         ).fetchall()
-    return [(page - 1) * size + at for (page,) in pages for at in range(size)]
+    return [(page - 1) * size + at for name, page in pages if name in wanted for at in range(size)]
 
 
 @pytest.mark.parametrize("stopped", ["well", "killed"])
@@ -134,9 +138,7 @@ async def test_no_flipped_byte_changes_it_unseen(tmp_path: Path, stopped: str) -
     store = Store(tmp_path / "state" / "hairpin.db")
     written = await fill(store)
     # What comes after stands in the log, where a flipped byte takes away all that follows.
-    for number in range(20):
-        at = 90.0 + number
-        await store.write(lambda db: record_event(db, at, "a.b", "info", f"event at {at}"))
+    await add_events(store, 20)
     if stopped == "well":
         store.close()
     origin = tmp_path / "origin"
@@ -200,9 +202,9 @@ async def test_damaged_rows_are_put_back_and_told(tmp_path: Path, what: str) -> 
             lambda db: find_rows(db, "SELECT * FROM events WHERE kind LIKE 'configuration.%'", ())
         )
         store.close()
-    assert [(one["severity"], one["message"]) for one in told] == [
-        ("error", told[0]["message"])
-    ], told
+    assert [(one["severity"], one["message"]) for one in told] == [("error", told[0]["message"])], (
+        told
+    )
     assert "damaged on disk, and put back as written" in told[0]["message"]
 
 
@@ -221,7 +223,7 @@ async def test_a_damaged_copy_changes_nothing_and_is_made_anew(tmp_path: Path, w
     await damage(path, COPIES[what])
     store = Store(path)
     assert await read_configuration(store) == written
-    assert store.mended and all(one.startswith("the copy of") for one in store.mended)
+    assert {one[:11] for one in store.mended} == {"the copy of"}
     store.close()
     await damage(path, ROWS["another policy"])
     assert await look(path) == written
@@ -297,7 +299,8 @@ def test_a_disk_that_fails_is_no_damage(tmp_path: Path) -> None:
     fault.sqlite_errorcode = sqlite3.SQLITE_IOERR_READ
     for opening in (False, True):
         told = explain_fault(tmp_path / "hairpin.db", fault, opening=opening)
-        assert not told.damaged and "check the disk" in told.mend
+        assert not told.damaged
+        assert "check the disk" in told.mend
 
 
 @pytest.mark.parametrize(
