@@ -248,6 +248,27 @@ async def test_what_nothing_vouches_for_is_not_used(tmp_path: Path, what: str) -
     assert path.read_bytes() == before, "it is left for who looks into it"
 
 
+async def test_nothing_is_written_into_a_tree_that_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "hairpin.db"
+    store = Store(path)
+    await fill(store)
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+        found = db.execute("SELECT pageno FROM dbstat WHERE name LIKE 'sqlite_%_quarantines_%'")
+        ((page,),) = found.fetchall()
+    data = path.read_bytes()
+    index = data[(page - 1) * size : page * size]
+    assert index.count(b"vm-2") == 1
+    at = (page - 1) * size + index.index(b"vm-2")
+    path.write_bytes(data[:at] + b"va-2" + data[at + 4 :])
+    before = path.read_bytes()
+    seen = await look(path)
+    assert isinstance(seen, str)
+    assert "table quarantines is broken" in seen
+    assert path.read_bytes() == before
+
+
 async def test_an_empty_configuration_is_as_well_kept(tmp_path: Path) -> None:
     path = tmp_path / "hairpin.db"
     store = Store(path)
