@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +21,7 @@ from appliance.client import Client, Place
 from appliance.doctor_probe import read_switch
 from appliance.hosting.pki import issue
 from appliance.settings import Settings
+from steering.errors import HairpinError
 from steering.parse import render_documents
 from tests.support.dummy_switch import BRIDGE
 from tests.support.shortcut_world import LANES, VMS, build_policies, find_mac
@@ -42,6 +45,7 @@ class Service:
     tls: TlsSwitch
     client: Client
     settings: Settings
+    serving: asyncio.Task[int]
 
     async def ask(self, method: Callable[..., Any], *values: Any) -> Any:
         return await asyncio.to_thread(method, *values)
@@ -92,16 +96,22 @@ async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
         (Path(name) / "run").mkdir()
         (port,) = find_free_ports(1)
         settings = build_settings(tls, port)
+        service: Service | None = None
         serving = asyncio.create_task(_serve(settings))
         try:
             await wait_until(settings.token_file.exists)
             client = Client(Place(f"http://127.0.0.1:{port}", settings.token_file, "the test"))
             await wait_until(lambda: _has_vms(client, serving), 20.0)
-            yield Service(tls, client, settings)
-            assert not serving.done(), serving
+            service = Service(tls, client, settings, serving)
+            yield service
+            assert not service.serving.done(), service.serving
         finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
+            await stop(serving if service is None else service.serving)
+
+
+async def stop(serving: asyncio.Task[int]) -> None:
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
 
 
 async def _has_vms(client: Client, serving: asyncio.Task[int]) -> bool:
@@ -169,3 +179,48 @@ async def test_health_and_doctor_say_which_certificate_is_wrong(service: Service
     )  # fmt: skip
     facts = await asyncio.to_thread(read_switch, other)
     assert "refused us: our certificate" in facts.reason
+
+
+COPY = "UPDATE configuration SET copy = replace(copy, 'vm-', 'vn-')"
+ROWS = (
+    "UPDATE revisions SET documents = replace(documents, 'closed', 'open')",
+    "DELETE FROM quarantines",
+)
+
+
+@pytest.mark.parametrize("mended", [True, False])
+async def test_damage_at_rest_changes_nothing_on_the_switch(
+    service: Service, *, mended: bool
+) -> None:
+    """Put back where a copy tells what it was, else not used at all; the switch has the same either way."""
+    await put(service)
+    await service.ask(service.client.add_quarantine, QuarantineOrder(vm="vm-1", reason="a test"))
+    before, in_force = dump(service), await service.ask(service.client.read_policies)
+    assert any("in_port=1 actions=drop" in line for line in before)
+    await stop(service.serving)
+    with contextlib.closing(sqlite3.connect(service.settings.database)) as db, db:
+        for statement in ROWS if mended else (*ROWS, COPY):
+            assert db.execute(statement).rowcount, statement
+    service.serving = asyncio.create_task(_serve(service.settings))
+
+    async def is_told() -> bool:
+        try:
+            health = await service.ask(service.client.read_health)
+        except HairpinError:
+            return False
+        word = "put back as written" if mended else "nor is the copy of them"
+        return any(word in one.reason and one.mend for one in health.problems)
+
+    await wait_until(is_told, 20.0)
+    if mended:
+        await wait_until(lambda: _has_vms(service.client, service.serving), 20.0)
+        assert (await service.ask(service.client.read_policies)).etag == in_force.etag
+        shut_off = await service.ask(service.client.find_quarantines)
+        assert [one.vm_id for one in shut_off.items] == ["vm-1"]
+    await asyncio.sleep(1.0)  # at the start the switch is compared with what is in force
+    assert dump(service) == before
+
+
+def dump(service: Service) -> list[str]:
+    argv = ["ovs-ofctl", "-O", "OpenFlow15", "--no-stats", "dump-flows", service.tls.switch.target]
+    return sorted(line.strip() for line in service.tls.switch.run(*argv).splitlines()[1:])
