@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
@@ -21,8 +21,9 @@ from appliance.alerts.history import (
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.partitions import Limits
 from appliance.alerts.retention import Keep, Retention
-from appliance.alerts.store import Store
+from appliance.alerts.store import Store, StoreError
 from appliance.api.auth import ensure_token
+from appliance.api.control import Control
 from appliance.api.server import open_server
 from appliance.assurance.accounts import BalanceWatch
 from appliance.assurance.canary import CanaryWatch, Sources
@@ -36,6 +37,7 @@ from appliance.inspection import canary_client
 from appliance.inspection.config import build_engine_config, render_engine_config
 from appliance.inspection.publish import InspectionState, read_inspection_state
 from appliance.management.coverage import Watches
+from appliance.management.damaged import DamagedManagement
 from appliance.management.events import EventKeeper
 from appliance.management.flows import FlowIngest
 from appliance.management.knowledge import Knowledge
@@ -89,13 +91,29 @@ async def _serve(settings: Settings) -> int:
     token = ensure_token(settings.token_file)
     keep = settings.store
     limits = Limits(keep.partition_alerts, keep.partition_hours * 3600.0, keep.keep_bytes // 8)
-    store = Store(settings.database, limits)
     try:
-        await _run(settings, token, store, stop)
-    finally:
-        store.close()
+        store = Store(settings.database, limits)
+        try:
+            await _run(settings, token, store, stop)
+        finally:
+            store.close()
+    except StoreError as fault:
+        if not fault.damaged:
+            raise
+        await _serve_damage(settings, token, fault, stop)
     log.info("serve ended")
     return 0
+
+
+async def _serve_damage(
+    settings: Settings, token: str, fault: StoreError, stop: asyncio.Event
+) -> None:
+    """Tell it, and do nothing else, until ``stop``: who ends here is started again and again, and tells nobody."""
+    log.error("the store is damaged", reason=fault.reason, mend=fault.mend)
+    # It answers to every method of Control, which a checker of types can't see.
+    control = cast(Control, DamagedManagement(settings.name, fault, time.time()))
+    async with open_server(control, settings.api, token):
+        await stop.wait()
 
 
 async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
+from appliance.alerts.configuration import TABLE, Part, keep_configuration
+
 migrations = Migrations("hairpin")
 
 # AUTOINCREMENT: an id must never come back after its row was removed, since cursors of exporters
@@ -247,3 +249,10 @@ _BEGUN = (
 def begun_tables(db: Database) -> None:
     for statement in _BEGUN:
         db.execute(statement)
+
+
+@migrations()
+def configuration_tables(db: Database) -> None:
+    db.execute(TABLE)
+    for part in Part:  # taken as they stand: from here on damage is found
+        keep_configuration(db, part)
