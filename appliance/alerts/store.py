@@ -13,6 +13,7 @@ batch (https://www.sqlite.org/pragma.html#pragma_synchronous).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -129,7 +130,8 @@ class Store:
         """
         result = await asyncio.get_running_loop().run_in_executor(self._writer, self._write, change)
         if self._unsettled:
-            self._writer.submit(self._settle)  # nobody waits for it
+            with contextlib.suppress(RuntimeError):  # closed meanwhile, which empties the log, too
+                self._writer.submit(self._settle)  # nobody waits for it
         return result
 
     async def write_lasting(self, change: Callable[[Database], T]) -> T:
