@@ -28,12 +28,10 @@ from typing import TypeVar
 import structlog
 from sqlite_utils import Database
 
-from appliance.alerts.configuration import mend_configuration
-from appliance.alerts.history import record_event
 from appliance.alerts.packing import Damaged, expecting_damage, is_damage
 from appliance.alerts.partition import Partition
 from appliance.alerts.partitions import AlertWrite, Limits, Partitions
-from appliance.alerts.schema import migrations
+from appliance.alerts.schema import open_tables
 from steering.errors import HairpinError
 
 log = structlog.get_logger("store")
@@ -261,11 +259,7 @@ class Store:
             connection.execute("PRAGMA journal_size_limit=67108864")
             database = Database(connection, execute_plugins=False)
             with expecting_damage():
-                migrations.apply(database)
-            with database.atomic():
-                self.mended = mend_configuration(database)
-                for told in self.mended:
-                    record_event(database, self._clock(), "configuration.mended", "error", told)
+                self.mended = open_tables(database, self._clock())
             self._unsettled = not empty_log(connection)
             self._partitions = Partitions(
                 find_directory(self.path), database, self._limits, self._clock

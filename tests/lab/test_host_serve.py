@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import sqlite3
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +21,7 @@ from appliance.hosting.pki import issue
 from appliance.settings import Settings
 from steering.errors import HairpinError
 from steering.parse import render_documents
+from tests.support.damaged_rows import damage_rows
 from tests.support.dummy_switch import BRIDGE
 from tests.support.shortcut_world import LANES, VMS, build_policies, find_mac
 from tests.support.tls_switch import (
@@ -198,9 +197,7 @@ async def test_damage_at_rest_changes_nothing_on_the_switch(
     before, in_force = dump(service), await service.ask(service.client.read_policies)
     assert any("in_port=1 actions=drop" in line for line in before)
     await stop(service.serving)
-    with contextlib.closing(sqlite3.connect(service.settings.database)) as db, db:
-        for statement in ROWS if mended else (*ROWS, COPY):
-            assert db.execute(statement).rowcount, statement
+    damage_rows(service.settings.database, *(ROWS if mended else (*ROWS, COPY)))
     service.serving = asyncio.create_task(_serve(service.settings))
 
     async def is_told() -> bool:
