@@ -4,6 +4,9 @@ The rows stand in their own tables. The table `configuration` has, for each part
 a copy of them, written in the transaction that changes the rows. Of rows, copy and digest any two that agree are
 right: one flipped byte is mended and told. Where no two agree nothing is used. A digest tells damage, not
 somebody who can write to the disk.
+
+A version of before knows nothing of this, and runs again when a newer one is sent back (docs/update.md). So triggers
+note each change of the rows, and who keeps the configuration takes the note away in the same transaction.
 """
 
 from __future__ import annotations
@@ -17,18 +20,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+import structlog
 from sqlite_utils import Database
 
 from appliance.alerts.packing import Damaged, is_damage
 from appliance.alerts.rows import insert_sql
 
-Verdict = Literal["whole", "rows damaged", "copy damaged", "damaged"]
+log = structlog.get_logger("store")
 
-TABLE = """CREATE TABLE configuration (
-    name TEXT PRIMARY KEY,
-    sha256 TEXT NOT NULL,
-    copy TEXT NOT NULL
-) STRICT"""
+Verdict = Literal["whole", "changed", "rows damaged", "copy damaged", "damaged"]
+
+CHANGED = "changed by a version that keeps no copy"
+"""In the place of a digest, as no flipped byte makes it of one."""
 
 
 class Part(StrEnum):
@@ -38,6 +41,21 @@ class Part(StrEnum):
     QUARANTINES = "quarantines"
     CURSORS = "export_cursors"
 
+
+TABLES = (
+    """CREATE TABLE configuration (
+        name TEXT PRIMARY KEY,
+        sha256 TEXT NOT NULL,
+        copy TEXT NOT NULL
+    ) STRICT""",
+    *(
+        f"CREATE TRIGGER {part}_{change.lower()} AFTER {change} ON {part} BEGIN "  # noqa: S608
+        f"UPDATE configuration SET sha256 = '{CHANGED}', copy = '' WHERE name = '{part}'; END"
+        for part in Part
+        for change in ("INSERT", "UPDATE", "DELETE")
+        if (part, change) != (Part.POLICIES, "INSERT")  # not in force yet
+    ),
+)
 
 _ROWS: Mapping[Part, str] = {
     # The revision in force. Those before it are not used again.
@@ -64,6 +82,8 @@ class Witness:
 
 def judge(part: Part, found: Witness) -> Verdict:
     """What of a part may be used. Pure."""
+    if found.sha256 == CHANGED and found.rows is not None:
+        return "changed"
     rows, copy = (
         None if one is None else compute_digest(part, one) for one in (found.rows, found.copy)
     )
@@ -100,6 +120,10 @@ def _mend(db: Database, part: Part) -> str:
     found = _find_witness(db, part)
     verdict = judge(part, found)
     if verdict == "whole":
+        return ""
+    if verdict == "changed":
+        log.warning("configuration was changed by another version", part=str(part))
+        keep_configuration(db, part)
         return ""
     if verdict == "damaged":
         raise Damaged(f"{_TOLD[part]} are not what was written, nor is the copy of them")

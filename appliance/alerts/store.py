@@ -13,6 +13,7 @@ batch (https://www.sqlite.org/pragma.html#pragma_synchronous).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -27,12 +28,10 @@ from typing import TypeVar
 import structlog
 from sqlite_utils import Database
 
-from appliance.alerts.configuration import mend_configuration
-from appliance.alerts.history import record_event
 from appliance.alerts.packing import Damaged, expecting_damage, is_damage
 from appliance.alerts.partition import Partition
 from appliance.alerts.partitions import AlertWrite, Limits, Partitions
-from appliance.alerts.schema import migrations
+from appliance.alerts.schema import open_tables
 from steering.errors import HairpinError
 
 log = structlog.get_logger("store")
@@ -129,7 +128,8 @@ class Store:
         """
         result = await asyncio.get_running_loop().run_in_executor(self._writer, self._write, change)
         if self._unsettled:
-            self._writer.submit(self._settle)  # nobody waits for it
+            with contextlib.suppress(RuntimeError):  # closed meanwhile, which empties the log, too
+                self._writer.submit(self._settle)  # nobody waits for it
         return result
 
     async def write_lasting(self, change: Callable[[Database], T]) -> T:
@@ -259,11 +259,7 @@ class Store:
             connection.execute("PRAGMA journal_size_limit=67108864")
             database = Database(connection, execute_plugins=False)
             with expecting_damage():
-                migrations.apply(database)
-            with database.atomic():
-                self.mended = mend_configuration(database)
-                for told in self.mended:
-                    record_event(database, self._clock(), "configuration.mended", "error", told)
+                self.mended = open_tables(database, self._clock())
             self._unsettled = not empty_log(connection)
             self._partitions = Partitions(
                 find_directory(self.path), database, self._limits, self._clock

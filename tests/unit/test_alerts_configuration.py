@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import shutil
 import sqlite3
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
 
-from appliance.alerts.configuration import Part, Witness, compute_digest, judge
+from appliance.alerts import schema
+from appliance.alerts.configuration import CHANGED, Part, Witness, compute_digest, judge
 from appliance.alerts.history import (
     find_rows,
     record_applied,
@@ -35,6 +38,7 @@ from appliance.management.quarantine import (
 )
 from steering.model import PolicySet
 from steering.parse import render_documents
+from tests.support.damaged_rows import damage_rows
 from tests.support.shortcut_world import build_policies
 from tests.support.waiting import wait_until
 
@@ -166,13 +170,6 @@ async def test_no_flipped_byte_changes_it_unseen(tmp_path: Path, stopped: str) -
     assert found["used"] > FLIPS, found
 
 
-async def damage(path: Path, *statements: str) -> None:
-    """As a byte would, but for certain where it counts."""
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        for one in statements:
-            assert db.execute(one).rowcount, one
-
-
 ROWS = {
     "another policy": "UPDATE revisions SET documents = replace(documents, 'vm-1', 'vm-2')",
     "an older one in force": "UPDATE revisions SET applied_at = NULL WHERE number = 2",
@@ -193,7 +190,7 @@ async def test_damaged_rows_are_put_back_and_told(tmp_path: Path, what: str) -> 
     written = await fill(store)
     assert store.mended == ()
     store.close()
-    await damage(path, ROWS[what])
+    damage_rows(path, ROWS[what])
     for run in range(2):
         store = Store(path)
         assert await read_configuration(store) == written
@@ -220,12 +217,12 @@ async def test_a_damaged_copy_changes_nothing_and_is_made_anew(tmp_path: Path, w
     store = Store(path)
     written = await fill(store)
     store.close()
-    await damage(path, COPIES[what])
+    damage_rows(path, COPIES[what])
     store = Store(path)
     assert await read_configuration(store) == written
     assert {one[:11] for one in store.mended} == {"the copy of"}
     store.close()
-    await damage(path, ROWS["another policy"])
+    damage_rows(path, ROWS["another policy"])
     assert await look(path) == written
 
 
@@ -240,7 +237,7 @@ async def test_what_nothing_vouches_for_is_not_used(tmp_path: Path, what: str) -
         "digest and copy": tuple(COPIES.values()),
         "no copy": ("DELETE FROM configuration WHERE name = 'revisions'",),
     }
-    await damage(path, ROWS["another policy"], *worse[what])
+    damage_rows(path, ROWS["another policy"], *worse[what])
     before = path.read_bytes()
     seen = await look(path)
     assert isinstance(seen, str)
@@ -278,7 +275,7 @@ async def test_an_empty_configuration_is_as_well_kept(tmp_path: Path) -> None:
     nothing = await read_configuration(store)
     store.close()
     assert nothing == Configuration(0, PolicySet(), {}, {})
-    await damage(path, "INSERT INTO quarantines VALUES ('vm-9', 'db-9', 1.0, NULL, '')")
+    damage_rows(path, "INSERT INTO quarantines VALUES ('vm-9', 'db-9', 1.0, NULL, '')")
     assert await look(path) == nothing
 
 
@@ -287,12 +284,75 @@ async def test_a_store_from_before_is_taken_as_it_stands(tmp_path: Path) -> None
     store = Store(path)
     written = await fill(store)
     store.close()
-    await damage(path, "DELETE FROM _sqlite_migrations WHERE name = 'configuration_tables'")
+    damage_rows(path, "DELETE FROM _sqlite_migrations WHERE name = 'configuration_tables'")
     with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for (name,) in db.execute(
+            "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
+        ).fetchall():
+            db.execute(f"DROP TRIGGER {name}")
         db.execute("DROP TABLE configuration")
     assert await look(path) == written
-    await damage(path, ROWS["another policy"])
+    damage_rows(path, ROWS["another policy"])
     assert await look(path) == written
+
+
+async def test_a_version_of_before_that_ran_again_may_have_changed_it(tmp_path: Path) -> None:
+    """It knows of no copy, and the next one must not put back what was in force before it."""
+    path = tmp_path / "hairpin.db"
+    store = Store(path)
+    await fill(store)
+    store.close()
+    whole = build_policies()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "INSERT INTO revisions (at, author, documents) VALUES (90.0, 'api', ?)",
+            (json.dumps(render_documents(replace(whole, policies=whole.policies[1:]))),),
+        )
+        db.execute("UPDATE revisions SET applied_at = 90.1 WHERE number = 4")
+        db.execute("DELETE FROM quarantines WHERE vm_id = 'vm-1'")
+        db.execute("UPDATE export_cursors SET last_id = 4712 WHERE name = 'siem'")
+    store = Store(path)
+    assert store.mended == ()
+    found = await read_configuration(store)
+    store.close()
+    assert found.revision == 4
+    assert found.policies.policies == whole.policies[1:]
+    assert set(found.quarantines) == {"vm-2"}
+    assert found.cursors["siem"] == 4712
+    damage_rows(path, ROWS["another policy"])
+    assert await look(path) == found
+
+
+async def test_tables_of_a_newer_version_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hairpin.db"
+    store = Store(path)
+    await fill(store)
+    store.close()
+    newer = Migrations("hairpin")
+    for one in schema.migrations._migrations:
+        newer(name=one.name)(one.fn)
+
+    @newer()
+    def further(db: Database) -> None:
+        db.execute("ALTER TABLE quarantines ADD COLUMN asked_by TEXT NOT NULL DEFAULT 'api'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(schema, "migrations", newer)
+        for _ in range(2):
+            store = Store(path)
+            assert store.mended == ()
+            store.close()
+        damage_rows(path, ROWS["let out of quarantine"])
+        store = Store(path)
+        assert len(store.mended) == 1
+        rows = await store.read(lambda db: find_rows(db, "SELECT * FROM quarantines", ()))
+        assert [one["asked_by"] for one in rows] == ["api", "api"]
+        store.close()
+    store = Store(path)  # the version of before again
+    assert store.mended == ()
+    store.close()
 
 
 async def test_a_change_does_not_stay_in_the_log_alone(tmp_path: Path) -> None:
@@ -344,5 +404,8 @@ def test_a_disk_that_fails_is_no_damage(tmp_path: Path) -> None:
 def test_two_of_three_are_believed(
     rows: str | None, copy: str | None, digest: str | None, verdict: str
 ) -> None:
+    assert judge(Part.POLICIES, Witness(rows, copy, CHANGED)) == (
+        "damaged" if rows is None else "changed"
+    )
     sha256 = None if digest is None else compute_digest(Part.POLICIES, digest)
     assert judge(Part.POLICIES, Witness(rows, copy, sha256)) == verdict
