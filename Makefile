@@ -9,8 +9,6 @@ BIN := $(VENV)/bin
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-find-links
 
-IMAGE_OPTIONS := KEY CERT VERSION OUT TOOLS
-
 .PHONY: help setup demo demo-vm test test-unit test-vm image check chaos chaos-quick bench bench-quick lock clean
 
 help:  ## what there is
@@ -24,8 +22,8 @@ demo: setup  ## an exploit between two VMs, hairpinned, dropped and recorded
 
 demo-vm: setup  ## the same with the real image under QEMU as the service host (docs/demo-vm.md; IMAGE=path)
 	@image-build/setup-image.sh
-	@[ -n "$(IMAGE)" ] || ls image-build/out/hairpin_*.raw >/dev/null 2>&1 || $(MAKE) image
-	@IMAGE="$(IMAGE)" $(BIN)/python -m appliance.lab.demo_vm
+	@[ -n "$${IMAGE:-}" ] || ls image-build/out/hairpin_*.raw >/dev/null 2>&1 || $(MAKE) image
+	@$(BIN)/python -m appliance.lab.demo_vm
 
 check: setup  ## style, types and the arrows between rooms
 	$(BIN)/ruff check .
@@ -43,9 +41,10 @@ test: check  ## all the checks and all the tests, those in the lab too, but not 
 test-unit: setup  ## the tests that need no lab
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not lab and not vm' tests/unit tests/golden $(PYTEST_ARGS)
 
+# make hands all that it was given on its command line to what it starts: no shell reads it.
 image: setup  ## the signed image of the service VM: image-build/out (docs/image.md; KEY= CERT= VERSION= OUT= TOOLS=new)
 	@image-build/setup-image.sh
-	@$(foreach name,$(IMAGE_OPTIONS),$(if $($(name)),$(name)="$($(name))")) image-build/build.sh
+	@image-build/build.sh
 
 test-vm: setup image  ## the tests of the image, built and booted under QEMU
 	$(BIN)/python -m pytest -m vm $(PYTEST_ARGS)

@@ -4,6 +4,9 @@
 # As root, without loop devices. Environment: KEY, CERT (PEM: sign with these; else keys of this machine's own, made
 # once in image-build/keys), VERSION (of the image; else the program's), OUT (the directory), TOOLS=new (newest tools),
 # FAST=1 (while working on it: the packages of the last such build, so not for a release).
+#
+# What is given is looked at before anything is made. In OUT all is made in a directory of its own and renamed at the
+# end, so that a build which ends early leaves there what was there before.
 
 set -euo pipefail
 TOOLS_ANEW=${TOOLS:-}
@@ -14,6 +17,7 @@ ROOT=$(dirname "$HERE")
 CACHE=${CACHE:-$HERE/cache}
 TOOLS=$CACHE/tools
 OUT=$(realpath -m "${OUT:-$HERE/out}")
+MAKING=$OUT/.hairpin-image
 # shellcheck source=image-build/tools.sh disable=SC1091
 . "$HERE/tools.sh"
 # shellcheck source=image-build/engine.conf disable=SC1091
@@ -22,6 +26,11 @@ OUT=$(realpath -m "${OUT:-$HERE/out}")
 SEED=6f1d3c58-0f0e-4c2b-9d57-3c1f5f0a7b1e # of whatever else would be random in the image
 
 say() { printf 'image: %s\n' "$*"; }
+fail() {
+    printf 'image: %s\n' "$1" >&2
+    [ -z "${2:-}" ] || printf 'image: to mend it: %s\n' "$2" >&2
+    exit 1
+}
 SOURCES=(appliance steering suricata pyproject.toml README.md LICENSE requirements.lock requirements-build.lock)
 
 find_commit() {
@@ -41,23 +50,71 @@ find_epoch() {
     fi
 }
 
+check_options() {
+    [[ $VERSION =~ ^[0-9][0-9A-Za-z.~^-]{0,19}$ ]] || fail "VERSION=$VERSION is no version" "as in 0.1.0"
+    case ${FAST:-0} in
+    0) FAST= ;;
+    1) say "FAST=1: with the packages of the last such build, which may lack fixes since: not for a release" ;;
+    *) fail "FAST=$FAST is neither 0 nor 1" "FAST=1 make image" ;;
+    esac
+    case $TOOLS_ANEW in
+    '' | new) ;;
+    *) fail "TOOLS=$TOOLS_ANEW is not known" "TOOLS=new makes the tools tree anew" ;;
+    esac
+}
+
+# OUT is mounted over the same path of the tools tree, which must not lose what it runs on.
+check_out() {
+    case $OUT/ in
+    // | /usr/ | /usr/*bin/ | /usr/lib*/ | /usr/share/ | /etc/ | /var/ | /var/lib/ | /bin/ | /sbin/ | /lib*/ | /dev/ | /proc/* | /sys/* | /run/)
+        fail "OUT=$OUT is no place for images" "name a directory of its own, as in OUT=/srv/images" ;;
+    esac
+    mkdir -p "$OUT" 2>/dev/null && [ -d "$OUT" ] || fail "OUT=$OUT is no directory, and none can be made there" \
+        "name a directory, as in OUT=/srv/images"
+    rm -rf "$MAKING" 2>/dev/null || true
+    mkdir -m 0755 "$MAKING" 2>/dev/null || fail "nothing can be written to OUT=$OUT" "name a directory that can be"
+}
+
+# A release's: RSA, since firmware takes no others; the certificate is its own; nobody else may read it.
+check_keys() {
+    local mend="make image KEY=/path/key.pem CERT=/path/certificate.pem" key certificate
+    [ -f "${KEY:-}" ] && [ -r "$KEY" ] && [ -f "${CERT:-}" ] && [ -r "$CERT" ] ||
+        fail "KEY and CERT name no two readable files" "$mend"
+    [ -z "$(find -L "$KEY" -maxdepth 0 -perm /0027)" ] ||
+        fail "KEY=$KEY can be read or changed by others (mode $(stat -L -c %a "$KEY"))" "chmod 600 $KEY"
+    # An empty password, so that nobody is asked for one.
+    key=$(openssl rsa -in "$KEY" -passin pass: -pubout 2>/dev/null) ||
+        fail "KEY=$KEY is no RSA key in PEM without a password, which is what firmware takes" "$mend"
+    certificate=$(openssl x509 -in "$CERT" -noout -pubkey 2>/dev/null) ||
+        fail "CERT=$CERT is no certificate in PEM" "$mend"
+    [ "$key" = "$certificate" ] || fail "KEY=$KEY is not the key of CERT=$CERT" "name those that belong together"
+}
+
 make_keys() {
     if [ -n "${KEY:-}${CERT:-}" ]; then
-        [ -r "${KEY:-}" ] && [ -r "${CERT:-}" ] || fail "KEY and CERT name no two readable files" \
-            "make image KEY=/path/key.pem CERT=/path/certificate.pem"
+        check_keys
         KEY=$(readlink -f "$KEY") CERT=$(readlink -f "$CERT")
         return
     fi
     KEY=$HERE/keys/image.key CERT=$HERE/keys/image.crt
-    [ ! -s "$KEY" ] || [ ! -s "$CERT" ] || return 0
+    if [ -s "$KEY" ] && [ -s "$CERT" ]; then
+        check_keys
+        return
+    fi
+    # A key that images were signed with is not replaced because its certificate is missing.
+    [ ! -e "$KEY" ] && [ ! -e "$CERT" ] || fail "of $KEY and $CERT there is only one, or one is empty" \
+        "put back the other, or remove ${KEY%/*} to have new ones: images of the old key take no updates of the new one"
     say "making keys for development images in ${KEY%/*}: whoever has them can sign images"
-    install -d -m 0700 "${KEY%/*}"
+    # Both or none, also when this is ended meanwhile.
+    rm -rf "${KEY%/*}.new"
+    install -d -m 0700 "${KEY%/*}.new"
     (
         umask 077
         openssl req -x509 -newkey rsa:3072 -noenc -sha256 -days 3650 -subj '/CN=Hairpin development image/' \
             -addext 'basicConstraints=critical,CA:FALSE' -addext 'extendedKeyUsage=codeSigning' \
-            -keyout "$KEY" -out "$CERT" 2>/dev/null
+            -keyout "${KEY%/*}.new/image.key" -out "${KEY%/*}.new/image.crt" 2>/dev/null
     ) || fail "no keys could be made" "see openssl(1)"
+    mv -T "${KEY%/*}.new" "${KEY%/*}"
 }
 
 # Wheels for the image's Python, by the locks' hashes, with the machine's own configuration of pip.
@@ -99,12 +156,12 @@ stage_source() {
 build() {
     local work=$CACHE/work
     rm -rf "$work"
-    mkdir -p "$work" "$CACHE/packages" "$CACHE/images" "$OUT"
-    run_in_tools "$HERE" "$CACHE" "$OUT" "${KEY%/*}" "${CERT%/*}" -- \
+    mkdir -p "$work" "$CACHE/packages" "$CACHE/images"
+    run_in_tools "$HERE" "$CACHE" "$OUT" "$KEY" "$CERT" -- \
         env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root TMPDIR=/tmp \
         SOURCE_DATE_EPOCH="$EPOCH" \
         mkosi --directory "$HERE" --force --seed "$SEED" --image-version "$VERSION" \
-        --output-directory "$OUT" --workspace-directory "$work" --package-cache-dir "$CACHE/packages" \
+        --output-directory "$MAKING" --workspace-directory "$work" --package-cache-dir "$CACHE/packages" \
         ${FAST:+--incremental=yes --cache-directory="$CACHE/images"} \
         --sandbox-tree "$CACHE/sandbox" --build-sources "$CACHE/stage:" \
         --package "suricata/$ENGINE_SUITE" \
@@ -124,26 +181,52 @@ write_outputs() {
         name=$2
         qemu-img convert -m 1 -c -f raw -O qcow2 -o compression_type=zstd "$name.raw" "$name.qcow2"
         jq -S --null-input --slurpfile debian "$name.manifest" --slurpfile python python.json \
+            --slurpfile gone gone.json \
             --arg name "$name" --arg version "$3" --arg commit "$4" --argjson epoch "$5" -f "$6" >"$name.cdx.json"
-        rm -f python.json "$name" "$name.vmlinuz" "$name.initrd"' \
-        bash "$OUT" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
+        rm -f python.json gone.json "$name" "$name.vmlinuz" "$name.initrd"' \
+        bash "$MAKING" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
         fail "the outputs can't be written" "see what was said above; is the disk full?"
     say "signing the manifest of every byte"
-    "$ROOT/${VENV:-.venv}/bin/hairpin" image sign "$OUT/$name.raw" --key "$KEY" --certificate "$CERT" ||
+    "$ROOT/${VENV:-.venv}/bin/hairpin" image sign "$MAKING/$name.raw" --key "$KEY" --certificate "$CERT" ||
         fail "the image can't be signed" "see what was said above"
-    (cd "$OUT" && sha256sum "$name".{raw,qcow2,efi,manifest,raw.manifest,cdx.json} >SHA256SUMS)
-    chmod 0644 "$OUT"/*
+    (cd "$MAKING" && sha256sum "$name".{raw,qcow2,efi,manifest,raw.manifest,cdx.json} >SHA256SUMS)
+    publish_outputs "$name"
+}
+
+# The checksums last: until then those that are there do not fit, or there are none.
+publish_outputs() {
+    local ending
+    chmod 0644 "$MAKING/$1".{raw,qcow2,efi,manifest,raw.manifest,cdx.json} "$MAKING/SHA256SUMS"
+    for ending in raw qcow2 efi manifest raw.manifest cdx.json; do
+        mv -fT "$MAKING/$1.$ending" "$OUT/$1.$ending"
+    done
+    mv -fT "$MAKING/SHA256SUMS" "$OUT/SHA256SUMS"
+}
+
+leave() {
+    local status=$?
+    trap - EXIT INT TERM HUP
+    rm -rf "$MAKING"
+    [ "$status" -lt 128 ] || say "ended early: $OUT is as it was; make image begins anew" >&2
+    exit "$status"
 }
 
 main_build() {
     [ "$(id -u)" = 0 ] || fail "an image is built by root" "sudo make image"
-    exec 8>"/run/hairpin-image.lock"
-    flock -w 1800 8 || fail "another image is being built" "wait until it has ended"
-    COMMIT=$(find_commit) EPOCH=$(find_epoch)
     VERSION=${VERSION:-$(sed -n 's/^version = "\(.*\)"$/\1/p' "$ROOT/pyproject.toml")}
-    [[ $VERSION =~ ^[0-9][0-9A-Za-z.~^-]{0,19}$ ]] || fail "VERSION=$VERSION is no version" "as in 0.1.0"
-    mkdir -p "$CACHE"
+    check_options
+    exec 8>"/run/hairpin-image.lock"
+    if ! flock -n 8; then
+        say "another image is being built; waiting for its end, half an hour at most"
+        flock -w 1800 8 || fail "another image is still being built" "wait until it has ended"
+    fi
+    trap leave EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    check_out
     make_keys
+    COMMIT=$(find_commit) EPOCH=$(find_epoch)
+    mkdir -p "$CACHE"
     make_tools
     fetch_wheels
     stage_source

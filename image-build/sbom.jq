@@ -1,7 +1,8 @@
 # A bill of materials (CycloneDX 1.6) from mkosi's manifest of Debian packages and pip's list of Python packages.
+# Packages of which the build took every file away again ($gone) are not in it; mkosi's manifest lists them.
 # Names, versions and package URLs (purl), in order, without a random serial number: the same for the same contents.
 
-def debian: $debian[0].packages[] | {
+def debian: $debian[0].packages[] | select(.name as $name | $gone[0] | index($name) | not) | {
     type: "library", name, version,
     purl: ("pkg:deb/debian/" + .name + "@" + (.version | @uri) + "?arch=" + .architecture + "&distro=debian-13")
 };

@@ -25,7 +25,7 @@ main() {
     local codename missing old
     [ "$(id -u)" = 0 ] || fail "set-up needs root" "sudo make image"
     exec 9>/run/hairpin-setup.lock
-    flock -w 900 9 || fail "another set-up is still running" "wait until it has ended"
+    wait_for_set_up
     mapfile -t old < <(find_old_qemu)
     mapfile -t missing < <(find_missing_packages)
     if [ ${#old[@]} -gt 0 ]; then

@@ -54,6 +54,13 @@ fail() {
     exit 1
 }
 
+# Nobody else sets up meanwhile. On file 9.
+wait_for_set_up() {
+    flock -n 9 && return
+    say "another set-up is running; waiting for its end, a quarter of an hour at most"
+    flock -w 900 9 || fail "another set-up is still running" "wait until it has ended"
+}
+
 find_codename() {
     # shellcheck disable=SC1091
     (. /etc/os-release && [ "$ID" = debian ] && printf '%s' "${VERSION_CODENAME:-}") || true
@@ -266,7 +273,7 @@ main() {
     local missing
     [ "$(id -u)" = 0 ] || fail "set-up needs root" "sudo make setup"
     exec 9>/run/hairpin-setup.lock
-    flock -w 900 9 || fail "another set-up is still running" "wait until it has ended"
+    wait_for_set_up
 
     mapfile -t missing < <(find_missing_packages)
     [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"

@@ -86,6 +86,175 @@ def test_half_of_a_releases_keys_is_refused(given: dict[str, str]) -> None:
     assert "KEY and CERT name no two readable files" in done.stderr
 
 
+def make_release_keys(directory: Path, *how: str) -> tuple[Path, Path]:
+    """A key, for root alone, and its certificate. ``how``: as openssl-req(1) takes it."""
+    key, certificate = directory / "key.pem", directory / "certificate.pem"
+    argv = ["openssl", "req", "-x509", *(how or ("-newkey", "rsa:2048", "-noenc"))]
+    argv += ["-subj", "/CN=a release/", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(argv, check=True, capture_output=True, timeout=30)
+    key.chmod(0o600)
+    return key, certificate
+
+
+def test_a_releases_keys_are_taken_where_they_are(tmp_path: Path) -> None:
+    key, certificate = make_release_keys(tmp_path)
+    done = run_shell('make_keys; echo "$KEY $CERT"', KEY=str(key), CERT=str(certificate))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{key} {certificate}\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (("-newkey", "ed25519", "-noenc"), "is no RSA key in PEM without a password"),
+        (("-newkey", "rsa:2048", "-passout", "pass:x"), "is no RSA key in PEM without a password"),
+    ],
+)
+def test_a_key_that_firmware_does_not_take_is_refused(
+    how: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    key, certificate = make_release_keys(tmp_path, *how)
+    done = run_shell("make_keys", KEY=str(key), CERT=str(certificate))
+    assert done.returncode == 1
+    assert reason in done.stderr
+
+
+def test_keys_that_do_not_belong_together_are_refused_before_anything_is_built(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "other").mkdir()
+    key, certificate = make_release_keys(tmp_path)
+    _, other = make_release_keys(tmp_path / "other")
+    wrong = {
+        "is not the key of CERT": (key, other),
+        "is no certificate in PEM": (key, key),
+        "is no RSA key": (certificate, certificate),
+        "name no two readable files": (tmp_path, tmp_path),
+    }
+    certificate.chmod(0o600)
+    for reason, (one, another) in wrong.items():
+        done = run_shell("make_keys", KEY=str(one), CERT=str(another))
+        assert (done.returncode, reason in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o620])
+def test_a_key_that_others_can_read_or_change_is_refused(mode: int, tmp_path: Path) -> None:
+    key, certificate = make_release_keys(tmp_path)
+    key.chmod(mode)
+    done = run_shell("make_keys", KEY=str(key), CERT=str(certificate))
+    assert done.returncode == 1
+    assert f"can be read or changed by others (mode {mode:o})" in done.stderr
+    assert f"to mend it: chmod 600 {key}" in done.stderr
+
+
+def test_a_key_without_its_certificate_is_not_replaced(tmp_path: Path) -> None:
+    key = tmp_path / "keys/image.key"
+    key.parent.mkdir()
+    key.write_text("what images were signed with")
+    done = run_shell(f'HERE="{tmp_path}"; make_keys', KEY="", CERT="")
+    assert done.returncode == 1
+    assert "there is only one" in done.stderr
+    assert key.read_text() == "what images were signed with"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"VERSION": "next"}, "VERSION=next is no version"),
+        ({"VERSION": "1;id"}, "VERSION=1;id is no version"),
+        ({"VERSION": "../1"}, "VERSION=../1 is no version"),
+        ({"VERSION": "1" * 21}, "is no version"),
+        ({"FAST": "yes"}, "FAST=yes is neither 0 nor 1"),
+        ({"TOOLS": "/usr"}, "TOOLS=/usr is not known"),
+    ],
+)
+def test_an_option_that_can_not_be_is_refused(given: dict[str, str], reason: str) -> None:
+    done = run_shell("check_options", **{"VERSION": "1", "FAST": "", "TOOLS": "", **given})
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert "to mend it: " in done.stderr
+
+
+def test_no_is_no() -> None:
+    done = run_shell('check_options; echo "<$FAST>"', VERSION="1", FAST="0", TOOLS="")
+    assert done.stdout == "<>\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("file", "is no directory, and none can be made there"),
+        ("file/below", "is no directory, and none can be made there"),
+        ("/proc/self", "is no place for images"),
+        ("/", "is no place for images"),
+        ("/usr", "is no place for images"),
+        ("/etc/", "is no place for images"),
+        ("/var/lib", "is no place for images"),
+    ],
+)
+def test_a_place_that_can_not_be_written_is_refused_at_once(
+    out: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run_shell("check_out", OUT=str(tmp_path / out))
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+OUTPUTS = ("raw", "qcow2", "efi", "manifest", "raw.manifest", "cdx.json")
+MAKE = f"""
+trap leave EXIT
+trap 'exit 130' INT
+check_out
+for ending in {" ".join(OUTPUTS)}; do echo new >"$MAKING/hairpin_1.$ending"; done
+echo new >"$MAKING/SHA256SUMS"
+"""
+
+
+def test_only_what_was_built_gets_its_mode(tmp_path: Path) -> None:
+    """A release's key may lie in the directory that its images go to."""
+    key, below = tmp_path / "key.pem", tmp_path / "older"
+    key.write_text("secret")
+    key.chmod(0o600)
+    below.mkdir(mode=0o700)
+    done = run_shell(MAKE + "publish_outputs hairpin_1", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert below.stat().st_mode & 0o777 == 0o700
+    names = {*(f"hairpin_1.{ending}" for ending in OUTPUTS), "SHA256SUMS"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "key.pem", "older"}
+    assert all((tmp_path / name).stat().st_mode & 0o777 == 0o644 for name in names)
+
+
+def test_a_build_that_is_interrupted_leaves_what_was_there(tmp_path: Path) -> None:
+    before = {"hairpin_1.raw": "old", "hairpin_1.qcow2": "old", "SHA256SUMS": "old"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    done = run_shell(MAKE + "kill -INT $$; sleep 5", OUT=str(tmp_path))
+    assert done.returncode == 130
+    assert f"ended early: {tmp_path} is as it was" in done.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_no_shell_reads_what_make_was_given(tmp_path: Path) -> None:
+    """The real Makefile; the scripts that it starts only tell what they got."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "image-build").mkdir()
+    for name in ("setup.sh", "setup-image.sh", "build.sh"):
+        script = tmp_path / "image-build" / name
+        script.write_text('#!/bin/sh\necho "$0: <$VERSION> <$OUT>"\n')
+        script.chmod(0o755)
+    version, out = f'1"; touch {tmp_path}/one; "', f"/a b`touch {tmp_path}/two`"
+    clean = {name: text for name, text in os.environ.items() if "MAKE" not in name}
+    argv = ["make", "-s", "image", f"VERSION={version}", f"OUT={out}"]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=20, check=True
+    )
+    assert f"image-build/build.sh: <{version}> <{out}>" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "image-build"}
+
+
 @pytest.mark.parametrize("engine", ["1:7.0.10-1+deb13u4", "1:8.0.7-1~bpo13+1"])
 def test_a_stale_engine_fails_the_build(engine: str, tmp_path: Path) -> None:
     """The real check with the real floor; only the answer of dpkg-query is made."""
@@ -97,6 +266,54 @@ def test_a_stale_engine_fails_the_build(engine: str, tmp_path: Path) -> None:
     assert f"Suricata {engine} is older than the floor" in done.stderr
 
 
+def test_nothing_of_perl_is_left(tmp_path: Path) -> None:
+    """The real function of the build's last step, on a small tree."""
+    kept = {
+        "usr/bin/hairpin": "#!/usr/bin/python3\n# not perl\n#!/usr/bin/perl\n",
+        "usr/sbin/nft": "\x7fELF\0perl",
+    }
+    gone = {
+        "usr/bin/perl": "\x7fELF",
+        "usr/bin/perl5.40.1": "\x7fELF",
+        "usr/bin/cpan": "#!/usr/bin/perl\n",
+        "usr/sbin/adduser": "#! /usr/bin/perl -w\n",
+        "usr/bin/own": "#!/usr/bin/env perl\n",
+        "usr/lib/ssl/misc/CA.pl": "#!/usr/bin/perl\n",
+        "usr/share/perl/5.40.1/CPAN.pm": "",
+        "usr/share/perl5/Debian.pm": "",
+        "usr/lib/x86_64-linux-gnu/perl-base/Config.pm": "",
+        "usr/lib/x86_64-linux-gnu/libperl.so.5.40": "",
+        "etc/perl/sitecustomize.pl": "",
+    }
+    for name, text in {**kept, **gone}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    define = f"eval \"$(sed -n '/^remove_perl()/,/^}}/p' {BUILD}/mkosi.finalize.chroot)\""
+    done = run_shell(f'{define}\nremove_perl "{tmp_path}"')
+    assert (done.returncode, done.stderr) == (0, "")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept)
+
+
+def test_a_package_counts_as_long_as_one_of_its_files_is_there(tmp_path: Path) -> None:
+    lists = {
+        "nft.list": "/.\n/usr\n/usr/sbin/nft\n/usr/share/doc/nft/copyright\n",
+        "libc6:amd64.list": "/.\n/usr/lib/libc.so.6\n",
+        "libperl5.40:amd64.list": "/.\n/usr\n/usr/lib/libperl.so.5.40\n",
+        "dpkg.list": "/usr/bin/dpkg\n/usr/lib/dpkg\n",
+    }
+    (tmp_path / "lists").mkdir()
+    for name, text in lists.items():
+        (tmp_path / "lists" / name).write_text(text)
+    (tmp_path / "root/usr/sbin").mkdir(parents=True)
+    (tmp_path / "root/usr/lib").mkdir()
+    (tmp_path / "root/usr/sbin/nft").write_text("")
+    (tmp_path / "root/usr/lib/libc.so.6").symlink_to("libc-2.41.so")
+    define = f"eval \"$(sed -n '/^find_gone()/,/^}}/p' {BUILD}/mkosi.finalize.chroot)\""
+    done = run_shell(f'{define}\nfind_gone "{tmp_path}/root" "{tmp_path}/lists"')
+    assert json.loads(done.stdout) == ["dpkg", "libperl5.40"]
+
+
 def make_bill() -> dict[str, Any]:
     debian = [
         {
@@ -106,6 +323,7 @@ def make_bill() -> dict[str, Any]:
             "architecture": "amd64",
         },
         {"type": "deb", "name": "libc6", "version": "2.41-12", "architecture": "amd64"},
+        {"type": "deb", "name": "perl", "version": "5.40.1-6", "architecture": "amd64"},
     ]
     python = [
         {"name": "Typing_Extensions", "version": "4.1"},
@@ -113,6 +331,7 @@ def make_bill() -> dict[str, Any]:
     ]
     argv = ["jq", "-S", "--null-input", "--argjson", "debian", json.dumps([{"packages": debian}])]
     argv += ["--argjson", "python", json.dumps([python]), "--arg", "version", "0.1.0"]
+    argv += ["--argjson", "gone", json.dumps([["perl"]])]
     argv += [
         "--arg",
         "commit",
@@ -128,7 +347,7 @@ def make_bill() -> dict[str, Any]:
     return bill
 
 
-def test_the_bill_of_materials_names_every_package_but_our_own() -> None:
+def test_the_bill_of_materials_names_every_package_but_our_own_and_those_taken_away() -> None:
     bill = make_bill()
     assert [part["purl"] for part in bill["components"]] == [
         "pkg:deb/debian/libc6@2.41-12?arch=amd64&distro=debian-13",
