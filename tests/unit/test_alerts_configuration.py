@@ -43,7 +43,7 @@ from tests.support.shortcut_world import build_policies
 from tests.support.waiting import wait_until
 
 FLIPS = 100
-"""Anywhere, and as many in the pages that count; in each of two states. 6,000 of them were tried, and none passed."""
+"""Anywhere, and as many in the pages that count; in each of two states. 8,000 were tried, and none passed."""
 SHUT_OFF = (
     Quarantine("vm-1", "web-1", 100.25, None, "scans"),
     Quarantine("vm-2", "web-2", 101.5, 9e9, "ünruly"),
