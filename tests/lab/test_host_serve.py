@@ -220,5 +220,7 @@ async def test_damage_at_rest_changes_nothing_on_the_switch(
 
 
 def dump(service: Service) -> list[str]:
+    """All flows but those of table 55: which connections may take a shortcut hangs on the engines, and none runs."""
     argv = ["ovs-ofctl", "-O", "OpenFlow15", "--no-stats", "dump-flows", service.tls.switch.target]
-    return sorted(line.strip() for line in service.tls.switch.run(*argv).splitlines()[1:])
+    lines = service.tls.switch.run(*argv).splitlines()[1:]
+    return sorted(line.strip() for line in lines if " table=55," not in line)
