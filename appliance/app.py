@@ -17,6 +17,7 @@ import structlog
 from appliance.alerts.history import (
     load_holdings,
     record_event,
+    record_repeated,
 )
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.partitions import Limits
@@ -50,7 +51,7 @@ from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
 from steering.decide import decide
 from steering.errors import HairpinError
-from steering.model import Profile
+from steering.model import Holding, Profile
 from steering.prove import build_prover
 from steering.reconcile import Reconciler
 from steering.revive import Reviver
@@ -119,8 +120,7 @@ async def _serve_damage(
 async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event) -> None:
     lanes = settings.build_lanes()
     began = time.time()
-    holdings = await store.read(lambda db: load_holdings(db, until_after=began - HOLDINGS_SECONDS))
-    knowledge = Knowledge(holdings)
+    knowledge = Knowledge(await _load_holdings(store, began))
     keeper = EventKeeper(store, knowledge)
     reconciler = Reconciler(
         ovsdb=settings.switch.ovsdb,
@@ -230,6 +230,21 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         await cancel_all(tasks)
         await watches.ledger.close()
         await reconciler.close()
+
+
+async def _load_holdings(store: Store, now: float) -> dict[str, tuple[Holding, ...]]:
+    """By them alerts get their VMs. Damaged ones are data, for which nothing else is given up: told, and left out."""
+    try:
+        return await store.read(lambda db: load_holdings(db, until_after=now - HOLDINGS_SECONDS))
+    except StoreError as fault:
+        if not fault.damaged:
+            raise
+        text = f"who held which address is not known any more: {fault.reason}"
+        log.error("holdings are damaged", reason=fault.reason)
+        await store.write(
+            lambda db: record_repeated(db, now, "store.damaged", "error", text, subject="holdings")
+        )
+        return {}
 
 
 def _build_watches(

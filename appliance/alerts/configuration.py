@@ -57,13 +57,15 @@ TABLES = (
     ),
 )
 
+# By no index: it has the keys once more, and tells them as they were where those of the table are damaged.
 _ROWS: Mapping[Part, str] = {
     # The revision in force. Those before it are not used again.
-    Part.POLICIES: "SELECT * FROM revisions WHERE number = "
+    Part.POLICIES: "SELECT * FROM revisions NOT INDEXED WHERE number = "
     "(SELECT max(number) FROM revisions WHERE applied_at IS NOT NULL)",
-    Part.QUARANTINES: "SELECT * FROM quarantines ORDER BY vm_id",
-    Part.CURSORS: "SELECT * FROM export_cursors ORDER BY name",
+    Part.QUARANTINES: "SELECT * FROM quarantines NOT INDEXED ORDER BY vm_id",
+    Part.CURSORS: "SELECT * FROM export_cursors NOT INDEXED ORDER BY name",
 }
+_INDEXED = (str(Part.QUARANTINES), str(Part.CURSORS), "configuration")
 _TOLD: Mapping[Part, str] = {
     Part.POLICIES: "the policies in force",
     Part.QUARANTINES: "the quarantines",
@@ -113,7 +115,24 @@ def mend_configuration(db: Database) -> tuple[str, ...]:
 
     Raises Damaged where nothing tells what it was, or sqlite3.Error: then it is as it was found.
     """
-    return tuple(told for part in Part if (told := _mend(db, part)))
+    told = [*(_mend_index(db, table) for table in _INDEXED), *(_mend(db, part) for part in Part)]
+    return tuple(filter(None, told))
+
+
+def _mend_index(db: Database, table: str) -> str:
+    """Made anew of the table, where it is not the table's: its rows are looked at afterwards."""
+    if not _find_fault(db, table):
+        return ""
+    db.execute(f"REINDEX {table}")
+    if fault := _find_fault(db, table):
+        raise Damaged(f"table {table} is broken: {fault}")
+    return f"the index of table {table}: damaged on disk, and made anew"
+
+
+def _find_fault(db: Database, table: str) -> str:
+    """The first that SQLite finds in a table and its index; empty where there is none."""
+    found = str(db.execute(f"PRAGMA integrity_check({table})").fetchone()[0])
+    return "" if found == "ok" else found[:200]
 
 
 def _mend(db: Database, part: Part) -> str:
@@ -127,7 +146,9 @@ def _mend(db: Database, part: Part) -> str:
         return ""
     if verdict == "damaged":
         raise Damaged(f"{_TOLD[part]} are not what was written, nor is the copy of them")
-    _check_tables(db, part)
+    # What is written into a tree that is broken may destroy more. The others were looked at.
+    if part is Part.POLICIES and (fault := _find_fault(db, part)):
+        raise Damaged(f"{_TOLD[part]}: table {part} is broken: {fault}")
     if verdict == "rows damaged":
         _restore(db, part, json.loads(str(found.copy)))
     keep_configuration(db, part)
@@ -147,7 +168,8 @@ def _find_witness(db: Database, part: Part) -> Witness:
     with _passing_damage():
         rows = _render(db, part)
     with _passing_damage():
-        kept = list(db.query("SELECT sha256, copy FROM configuration WHERE name = ?", (part,)))
+        sql = "SELECT sha256, copy FROM configuration NOT INDEXED WHERE name = ?"
+        kept = list(db.query(sql, (part,)))
         if len(kept) == 1:
             sha256, copy = str(kept[0]["sha256"]), str(kept[0]["copy"])
     return Witness(rows, copy, sha256)
@@ -163,14 +185,6 @@ def _passing_damage() -> Iterator[None]:
     except sqlite3.Error as fault:
         if not is_damage(fault, opening=True):
             raise
-
-
-def _check_tables(db: Database, part: Part) -> None:
-    """Raises Damaged: what is written into a tree that is broken may destroy more."""
-    for table in (str(part), "configuration"):
-        found = [str(row[0]) for row in db.execute(f"PRAGMA integrity_check({table})").fetchall()]
-        if found != ["ok"]:
-            raise Damaged(f"{_TOLD[part]}: table {table} is broken: {found[0][:200]}")
 
 
 def _restore(db: Database, part: Part, rows: list[dict[str, Any]]) -> None:

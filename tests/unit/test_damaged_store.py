@@ -14,13 +14,13 @@ from typing import Any, Never
 import pytest
 from sqlite_utils import Database
 
-from appliance.alerts.history import record_event
+from appliance.alerts.history import find_rows, record_event, record_holding
 from appliance.alerts.rows import build_bookmark_row, insert_sql
 from appliance.alerts.store import Store, StoreError
 from appliance.alerts.tail import Bookmark, Fingerprint
 from appliance.api.control import Control, Unavailable
 from appliance.api.quarantine import QuarantineOrder
-from appliance.app import _serve
+from appliance.app import _load_holdings, _serve
 from appliance.assurance import failures, shortcuts
 from appliance.assurance.failures import Concerned, FailureWatch
 from appliance.assurance.shortcuts import ShortcutWatch
@@ -194,6 +194,21 @@ async def test_what_is_no_configuration_may_be_damaged_and_the_rest_goes_on(
         flows = FlowIngest(store, tmp_path / "flows.json", lambda: Snapshot(1.0), dict)
         with pytest.raises(StoreError, match="invalid literal"):  # which it tells, and tries again
             await flows._load()
+    store.close()
+
+
+async def test_a_damaged_holding_costs_no_more_than_what_is_known_of_addresses(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "hairpin.db")
+    await store.write(lambda db: record_holding(db, "10.0.0.5", "vm-1", 1.0))
+    assert set(await _load_holdings(store, 2.0)) == {"10.0.0.5"}
+    await store.write(lambda db: db.execute("UPDATE holdings SET vm_id = CAST(x'ff' AS TEXT)"))
+    assert await _load_holdings(store, 2.0) == {}
+    (event,) = await store.read(
+        lambda db: find_rows(db, "SELECT * FROM events WHERE kind = 'store.damaged'", ())
+    )
+    assert "who held which address is not known any more" in event["message"]
     store.close()
 
 
