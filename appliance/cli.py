@@ -7,6 +7,7 @@ Ctrl-C; 141 whoever read the output has gone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -118,8 +119,24 @@ def run_cli(argv: Sequence[str]) -> int:
         return OUTPUT_CLOSED
 
 
+def end_orderly() -> None:
+    """Have SIGTERM and SIGHUP end this process as Ctrl-C does: what it started is ended, what it unpacked removed.
+
+    Not for commands that run on: they have handlers of their own, and children that would inherit this one.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # else it is ignored, as by nohup(1)
+            signal.signal(number, end)
+
+
 def main() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["image"]:
+        end_orderly()
     sys.exit(run_cli(sys.argv[1:]))
 
 

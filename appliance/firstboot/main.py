@@ -230,5 +230,9 @@ def _tell(
     except (HairpinError, OSError) as fault:
         log.error("the management network can't be configured", reason=str(fault))
     text = render_report(report)
-    write.make_directory(places.config_dir)
-    write.write_file(places.faults, text, 0o644, (os.geteuid(), os.getegid()))
+    try:
+        write.make_directory(places.config_dir)
+        write.write_file(places.faults, text, 0o644, (os.geteuid(), os.getegid()))
+    except OSError as fault:
+        # Without it `/health` says that first boot was not finished; the journal has the faults.
+        log.error("the faults can't be written", path=str(places.faults), reason=str(fault))

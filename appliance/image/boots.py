@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from steering.errors import HairpinError
+
 log = logging.getLogger("image")
 
 KERNEL_DIRECTORIES = (Path("/efi/EFI/Linux"), Path("/boot/EFI/Linux"))
@@ -108,9 +110,13 @@ def find_image_version(text: str) -> str | None:
 
 
 def read_boots() -> tuple[BootVersion, ...]:
-    """What root sees. Raises OSError."""
+    """What root sees. Raises OSError, and HairpinError outside of an image: there "none" would be no answer."""
     running = find_image_version(OS_RELEASE.read_text(encoding="utf-8", errors="replace"))
-    return judge_boots(read_kernels(), running or "", read_record())
+    if running is None:
+        raise HairpinError(
+            "this is no appliance image", "versions are told on the appliance itself"
+        )
+    return judge_boots(read_kernels(), running, read_record())
 
 
 def read_kernels(directories: Sequence[Path] = KERNEL_DIRECTORIES) -> tuple[str, ...]:

@@ -274,7 +274,21 @@ def _run_qemu(argv: list[str], path: Path) -> str:
                 f"{argv[0]} can't be run, which a qcow2 needs: {fault.output}",
                 f"apt-get install qemu-utils; or `qemu-img convert -O raw {path} NEW` elsewhere",
             ) from fault
-        raise
+        raise _explain(argv[0], fault, path) from fault
+
+
+def _explain(program: str, fault: CommandFailed, path: Path) -> ImageError:
+    if fault.status is None:
+        return ImageError(f"{program} took longer than {CONVERT_SECONDS:.0f} s for {path}")
+    if os.strerror(errno.ENOSPC) in fault.output:
+        return ImageError(
+            f"there is no space left where {path} lies",
+            f"free some, or `qemu-img convert -O raw {path} NEW` where there is room",
+        )
+    return ImageError(
+        f"{path} is no whole qcow2, says {program}: {fault.output.strip()[-1000:]}",
+        "take a whole copy; `qemu-img check` tells what is damaged",
+    )
 
 
 def _build_running(path: Path) -> ImageError:

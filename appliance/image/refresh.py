@@ -126,6 +126,12 @@ async def try_rules(
     pipeline = RulePipeline(build_trial_settings(work, packed), engine_data, None, suricata)
     report: UpdateReport = await pipeline.update(progress)
     left_out = [one for profile in report.profiles for one in profile.left_out]
+    for profile in report.profiles:
+        # What the checks left out was never enabled.
+        refused = profile.left_out_count - len(checked.left_out)
+        if refused >= len(checked.enabled):
+            why = left_out[0].reason if left_out else "it says not why"
+            raise RulesError(f"{profile.profile}: none of the rules loads: {why}", "correct them")
     return Tried(
         payload=payload,
         sources=given.sources,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,6 +296,23 @@ def test_a_write_that_fails_at_any_place_leaves_nothing_in_force(
         machine.find_owner = None
         machine.boot()
     assert SETTINGS in find_active(machine)
+
+
+def test_where_not_even_the_faults_can_be_written_the_seed_is_refused_all_the_same(
+    machine: Machine,
+) -> None:
+    run = machine.root / "run"
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_blocks=1", "full", str(run)], check=True)
+    try:
+        (run / "hairpin-config").mkdir()
+        with contextlib.suppress(OSError), open(run / "filler", "wb") as filler:
+            filler.write(bytes(2**16))
+        with pytest.raises(SeedRefused):
+            machine.run(offer(change("lanes", [])))
+        assert not machine.places.settings.exists()
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
 
 
 def test_a_place_that_can_not_be_written_is_told(machine: Machine) -> None:

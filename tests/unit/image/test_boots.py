@@ -87,6 +87,18 @@ def test_the_command_tells_each_version_and_what_follows_from_it(
     }
 
 
+def test_elsewhere_than_on_an_appliance_it_is_not_said_that_there_are_no_versions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plain = tmp_path / "os-release"
+    plain.write_text("ID=debian\n")
+    monkeypatch.setattr("appliance.image.boots.OS_RELEASE", plain)
+    assert run_cli(["image", "boots"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "this is no appliance image" in told.err
+
+
 def test_what_is_lacking_outlives_the_version(tmp_path: Path) -> None:
     path = tmp_path / "trial.json"
     assert read_record(path) is None

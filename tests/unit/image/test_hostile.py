@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import uuid
 import warnings
 from pathlib import Path
@@ -255,6 +260,67 @@ def test_a_qcow2_of_any_size_is_not_unpacked(tmp_path: Path) -> None:
         opened.write((2**60).to_bytes(8, "big"))
     with pytest.raises(ImageError, match="more than"), open_to_read(path, quiet):
         pass
+
+
+def test_a_torn_qcow2_is_told_with_what_to_do(tmp_path: Path) -> None:
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.write_bytes(b"hairpin\n" * 2**17)
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path)
+    raw.unlink()
+    # Cut among the compressed clusters, then in the header.
+    for size in (path.stat().st_size - 2**11, 70):
+        os.truncate(path, size)
+        opening = open_to_read(path, quiet)
+        with pytest.raises(ImageError, match="is no whole qcow2") as told, opening:
+            pass
+        assert "take a whole copy" in told.value.mend
+    assert [one.name for one in tmp_path.iterdir()] == ["disk.qcow2"]
+
+
+def test_a_place_too_small_to_unpack_in_is_told(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=3m", "small", small)
+    try:
+        run("qemu-img", "create", "-f", "qcow2", small / "disk.qcow2", "2M")
+        run("qemu-io", "-f", "qcow2", "-c", "write 0 2M", small / "disk.qcow2")
+        opening = open_to_read(small / "disk.qcow2", quiet)
+        with pytest.raises(ImageError, match="no space left") as told, opening:
+            pass
+        assert "free some" in told.value.mend
+        assert [one.name for one in small.iterdir()] == ["disk.qcow2"]
+    finally:
+        run("umount", small)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_is_ended_while_it_unpacks_leaves_nothing(
+    image: Image, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The real one is done too soon to be met at work: this `qemu-img` writes a byte and waits."""
+    folder, programs = tmp_path / "folder", tmp_path / "programs"
+    folder.mkdir()
+    programs.mkdir()
+    run("qemu-img", "create", "-f", "qcow2", folder / "disk.qcow2", "1M")
+    slow = programs / "qemu-img"
+    slow.write_text(
+        "#!/bin/sh\ncase $1 in info) echo '{\"virtual-size\": 1048576}' ;; *) shift $(($# - 1));"
+        f' echo x >"$1"; echo $$ >{tmp_path}/pid; exec sleep 60 ;; esac\n'
+    )
+    slow.chmod(0o755)
+    argv = [sys.executable, "-m", "appliance.cli", "image", "verify", str(folder / "disk.qcow2")]
+    child = subprocess.Popen(
+        [*argv, "--certificate", str(image.keys.certificate)],
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+    )
+    deadline = time.monotonic() + 20
+    while not list(folder.glob(".hairpin-*/disk.raw")) or not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(number)
+    assert child.wait(10) == 128 + number
+    assert [one.name for one in folder.iterdir()] == ["disk.qcow2"]
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
 def test_a_place_where_nothing_can_be_unpacked_is_told(tmp_path: Path) -> None:

@@ -117,6 +117,20 @@ def test_rules_that_do_not_load_are_not_signed(
     assert disk.read_bytes() == before
 
 
+def test_rules_of_which_suricata_takes_none_are_not_signed(
+    image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They pass the checks; what would be signed then is a bundle by which nothing is inspected."""
+    before = disk.read_bytes()
+    rules = tmp_path / "own.rules"
+    rules.write_text(
+        f"{rule(4, 'http.uri;')}\n{rule(5, 'nosuchkeyword:1;')}\npass ip any any -> any any (sid:6;)\n"
+    )
+    assert refresh_command(image, disk, rules) == 1
+    assert "none of the rules loads" in capsys.readouterr().err
+    assert disk.read_bytes() == before
+
+
 def test_a_key_of_another_certificate_is_refused(
     image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
