@@ -10,19 +10,21 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
 from appliance.alerts.history import (
     load_holdings,
     record_event,
+    record_repeated,
 )
 from appliance.alerts.ingest import Ingest
 from appliance.alerts.partitions import Limits
 from appliance.alerts.retention import Keep, Retention
-from appliance.alerts.store import Store
+from appliance.alerts.store import Store, StoreError
 from appliance.api.auth import ensure_token
+from appliance.api.control import Control
 from appliance.api.server import open_server
 from appliance.assurance.accounts import BalanceWatch
 from appliance.assurance.canary import CanaryWatch, Sources
@@ -36,6 +38,7 @@ from appliance.inspection import canary_client
 from appliance.inspection.config import build_engine_config, render_engine_config
 from appliance.inspection.publish import InspectionState, read_inspection_state
 from appliance.management.coverage import Watches
+from appliance.management.damaged import DamagedManagement
 from appliance.management.events import EventKeeper
 from appliance.management.flows import FlowIngest
 from appliance.management.knowledge import Knowledge
@@ -48,7 +51,7 @@ from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
 from steering.decide import decide
 from steering.errors import HairpinError
-from steering.model import Profile
+from steering.model import Holding, Profile
 from steering.prove import build_prover
 from steering.reconcile import Reconciler
 from steering.revive import Reviver
@@ -89,20 +92,35 @@ async def _serve(settings: Settings) -> int:
     token = ensure_token(settings.token_file)
     keep = settings.store
     limits = Limits(keep.partition_alerts, keep.partition_hours * 3600.0, keep.keep_bytes // 8)
-    store = Store(settings.database, limits)
     try:
-        await _run(settings, token, store, stop)
-    finally:
-        store.close()
+        store = Store(settings.database, limits)
+        try:
+            await _run(settings, token, store, stop)
+        finally:
+            store.close()
+    except StoreError as fault:
+        if not fault.damaged:
+            raise
+        await _serve_damage(settings, token, fault, stop)
     log.info("serve ended")
     return 0
+
+
+async def _serve_damage(
+    settings: Settings, token: str, fault: StoreError, stop: asyncio.Event
+) -> None:
+    """Tell it, and do nothing else, until ``stop``: who ends here is started again and again, and tells nobody."""
+    log.error("the store is damaged", reason=fault.reason, mend=fault.mend)
+    # It answers to every method of Control, which a checker of types can't see.
+    control = cast(Control, DamagedManagement(settings.name, fault, time.time()))
+    async with open_server(control, settings.api, token):
+        await stop.wait()
 
 
 async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event) -> None:
     lanes = settings.build_lanes()
     began = time.time()
-    holdings = await store.read(lambda db: load_holdings(db, until_after=began - HOLDINGS_SECONDS))
-    knowledge = Knowledge(holdings)
+    knowledge = Knowledge(await _load_holdings(store, began))
     keeper = EventKeeper(store, knowledge)
     reconciler = Reconciler(
         ovsdb=settings.switch.ovsdb,
@@ -212,6 +230,21 @@ async def _run(settings: Settings, token: str, store: Store, stop: asyncio.Event
         await cancel_all(tasks)
         await watches.ledger.close()
         await reconciler.close()
+
+
+async def _load_holdings(store: Store, now: float) -> dict[str, tuple[Holding, ...]]:
+    """By them alerts get their VMs. Damaged ones are data, for which nothing else is given up: told, and left out."""
+    try:
+        return await store.read(lambda db: load_holdings(db, until_after=now - HOLDINGS_SECONDS))
+    except StoreError as fault:
+        if not fault.damaged:
+            raise
+        text = f"who held which address is not known any more: {fault.reason}"
+        log.error("holdings are damaged", reason=fault.reason)
+        await store.write(
+            lambda db: record_repeated(db, now, "store.damaged", "error", text, subject="holdings")
+        )
+        return {}
 
 
 def _build_watches(

@@ -136,7 +136,8 @@ class Ledger:
 
     ``classes``: of (pair class, family, service, direction, state) there are; ``classes_traced`` of them
     had a witness. ``pairs`` and ``pairs_traced``: ordered pairs of ports. ``traced``: traces made.
-    `inspected` to `blocked` and ``violation_count`` add up to the witnesses. Lists are cut at 100.
+    `inspected` to `blocked` and ``violation_count`` add up to the witnesses. Lists are cut at 100. ``by_copy``: a
+    copy of the switch was asked.
     """
 
     at: float
@@ -158,6 +159,7 @@ class Ledger:
     foreign_count: int
     foreign: tuple[ForeignFlow, ...]
     seconds: float
+    by_copy: bool = False
 
     @property
     def witnesses(self) -> int:

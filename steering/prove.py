@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -133,7 +133,7 @@ class Prover:
                 )
                 work.do(sample)
                 ledger = work.build_ledger(sample, self._clock(), run, time.monotonic() - began)
-                return ledger, sample
+                return replace(ledger, by_copy=replica is not None), sample
 
             try:
                 ledger, sample = await asyncio.to_thread(prove)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlite_utils import Database
 
+from appliance.alerts.configuration import Part, keep_configuration
 from appliance.alerts.eve import normalise_address
 from appliance.alerts.model import FlowRecord, Revision
 from appliance.alerts.rows import build_flow_row, insert_sql
@@ -101,7 +102,16 @@ def find_open_events(db: Database, kind: str) -> list[dict[str, Any]]:
     rows = find_rows(
         db, "SELECT * FROM events WHERE kind = ? AND ended_at IS NULL ORDER BY id", (kind,)
     )
-    return [{**row, "detail": json.loads(row["detail"])} for row in rows]
+    return [{**row, "detail": _read_detail(row["detail"])} for row in rows]
+
+
+def _read_detail(text: str) -> dict[str, Any]:
+    """Of an event; empty where it was damaged: what goes on from it must go on."""
+    try:
+        detail = json.loads(text)
+    except ValueError:
+        return {}
+    return detail if isinstance(detail, dict) else {}
 
 
 def record_repeated(
@@ -125,7 +135,7 @@ def record_repeated(
         " ORDER BY id DESC LIMIT 1",
         (kind, subject, at - REPEAT_SECONDS),
     )
-    before = int(json.loads(last[0]["detail"]).get("count", 1)) if last else 0
+    before = int(_read_detail(last[0]["detail"]).get("count", 1)) if last else 0
     counted = {**(detail or {}), "count": before + count}
     if not last:
         return record_event(
@@ -150,6 +160,7 @@ def record_applied(db: Database, number: int, at: float, report: object) -> None
         "UPDATE revisions SET applied_at = ?, report = ? WHERE number = ?",
         (at, json.dumps(report), number),
     )
+    keep_configuration(db, Part.POLICIES)
 
 
 def load_revision(db: Database, number: int | None = None) -> Revision | None:
@@ -205,6 +216,7 @@ def record_cursor(db: Database, name: str, last_id: int, at: float) -> None:
         " updated_at = excluded.updated_at",
         (name, last_id, at),
     )
+    keep_configuration(db, Part.CURSORS)
 
 
 def find_rows(

@@ -184,13 +184,14 @@ class Ingest:
             await asyncio.sleep(delay)
 
     async def _load(self, tail: _Tail) -> None:
+        def find(write: AlertWrite) -> tuple[list[dict[str, Any]], list[Bookmark]]:
+            name = (tail.lane.name,)
+            rows = find_rows(write.db, "SELECT * FROM bookmarks WHERE lane = ?", name)
+            return rows, list(map(parse_bookmark_row, rows))
+
         # By the writer, behind whatever a cancelled run before this one left in its queue.
-        rows = await self._store.write_alerts(
-            lambda write: find_rows(
-                write.db, "SELECT * FROM bookmarks WHERE lane = ?", (tail.lane.name,)
-            )
-        )
-        tail.bookmarks = index_bookmarks(map(parse_bookmark_row, rows))
+        rows, bookmarks = await self._store.write_alerts(find)
+        tail.bookmarks = index_bookmarks(bookmarks)
         tail.finished = {int(row["generation"]) for row in rows if row["finished_at"] is not None}
         tail.next_generation = 1 + max((int(row["generation"]) for row in rows), default=0)
 

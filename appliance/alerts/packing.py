@@ -14,24 +14,38 @@ CHUNK_BYTES = 8 * 2**20
 TEXT_BYTES = 16 * 2**20
 """512 URLs of 2 Ki and payloads of 1 Ki characters are less than half of it."""
 
+_ODD = (
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_TOOBIG,
+)
+
 
 class Damaged(sqlite3.DatabaseError):
-    """What a partition holds is not what was written. ``path`` is its file, where that is known."""
+    """What a database holds is not what was written. ``path`` is the partition's file, where it is one's."""
 
     def __init__(self, reason: str, path: Path | None = None) -> None:
         super().__init__(reason)
         self.path = path
 
 
-def is_damage(fault: sqlite3.Error) -> bool:
-    """Whether the file is at fault, not the disk or another process. No such table: it was emptied."""
+def is_damage(fault: sqlite3.Error, *, opening: bool = False) -> bool:
+    """Whether the file is at fault, not the disk or another process. No such table: it was emptied.
+
+    ``opening``: only what the program always asks is asked, so that a question which can't be answered is
+    the file's fault, too.
+    """
     if isinstance(fault, Damaged):
         return True
     code = getattr(fault, "sqlite_errorcode", None)
-    return code is not None and (
-        code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        or (code == sqlite3.SQLITE_ERROR and "no such" in str(fault))
-    )
+    if code is None:
+        return "decode to UTF-8" in str(fault)  # told by Python, not by SQLite
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return True
+    if opening and code & 0xFF in _ODD:
+        return True
+    return bool(code == sqlite3.SQLITE_ERROR and "no such" in str(fault))
 
 
 @contextlib.contextmanager

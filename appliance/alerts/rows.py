@@ -16,6 +16,7 @@ from appliance.alerts.model import (
     Signature,
     Verdict,
 )
+from appliance.alerts.packing import expecting_damage
 from appliance.alerts.tail import Bookmark, Fingerprint
 from steering.model import Family
 
@@ -129,14 +130,16 @@ def build_bookmark_row(bookmark: Bookmark) -> Row:
 
 
 def parse_bookmark_row(row: Mapping[str, Any]) -> Bookmark:
-    return Bookmark(
-        lane=row["lane"],
-        generation=row["generation"],
-        device=int(row["device"]),
-        inode=int(row["inode"]),
-        offset=row["offset"],
-        fingerprint=Fingerprint(row["fingerprint_length"], row["fingerprint"]),
-    )
+    """Raises Damaged."""
+    with expecting_damage():
+        return Bookmark(
+            lane=row["lane"],
+            generation=row["generation"],
+            device=int(row["device"]),
+            inode=int(row["inode"]),
+            offset=row["offset"],
+            fingerprint=Fingerprint(row["fingerprint_length"], row["fingerprint"]),
+        )
 
 
 def build_endpoint(side: str, endpoint: Endpoint) -> Row:

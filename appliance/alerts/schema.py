@@ -8,6 +8,14 @@ from __future__ import annotations
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
+from appliance.alerts.configuration import (
+    TABLES,
+    Part,
+    keep_configuration,
+    mend_configuration,
+)
+from appliance.alerts.history import record_event
+
 migrations = Migrations("hairpin")
 
 # AUTOINCREMENT: an id must never come back after its row was removed, since cursors of exporters
@@ -247,3 +255,28 @@ _BEGUN = (
 def begun_tables(db: Database) -> None:
     for statement in _BEGUN:
         db.execute(statement)
+
+
+@migrations()
+def configuration_tables(db: Database) -> None:
+    for statement in TABLES:
+        db.execute(statement)
+
+
+def open_tables(db: Database, at: float) -> tuple[str, ...]:
+    """Compare configuration, then bring the tables to the newest; sentences on what was mended.
+
+    Raises sqlite3.Error, Damaged: then nothing was changed.
+    """
+    mended: tuple[str, ...] = ()
+    if db.table("configuration").exists():
+        with db.atomic():
+            mended = mend_configuration(db)
+            for told in mended:
+                record_event(db, at, "configuration.mended", "error", told)
+    with db.atomic():
+        if migrations.pending(db):
+            migrations.apply(db)
+            for part in Part:  # as the new tables have it
+                keep_configuration(db, part)
+    return mended

@@ -1,6 +1,7 @@
 """The door to the store: one writer thread, a few read-only connections, every failure typed.
 
-The main database, and the partitions of alerts in a directory beside it (`partitions.py`).
+The main database, and the partitions of alerts in a directory beside it (`partitions.py`). Configuration in it is
+compared with its digest when it is opened (`configuration.py`).
 
 The file belongs to the management service alone, and a lock beside it holds that. WAL, so that
 readers never wait for the writer. `synchronous=FULL`, because what a commit covers is given up
@@ -12,6 +13,7 @@ batch (https://www.sqlite.org/pragma.html#pragma_synchronous).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -23,24 +25,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
 from sqlite_utils import Database
 
-from appliance.alerts.packing import Damaged
+from appliance.alerts.packing import Damaged, expecting_damage, is_damage
 from appliance.alerts.partition import Partition
 from appliance.alerts.partitions import AlertWrite, Limits, Partitions
-from appliance.alerts.schema import migrations
+from appliance.alerts.schema import open_tables
 from steering.errors import HairpinError
+
+log = structlog.get_logger("store")
 
 T = TypeVar("T")
 
 _READERS = 3
 _BUSY_SECONDS = 10.0
+_SETTLE_SECONDS = 0.1
+DAMAGE_MEND = (
+    "move the file aside and restore it from a backup, or start a new appliance (the image, the same seed), "
+    "and apply the policies and quarantines again"
+)
 
 
 class StoreError(HairpinError):
     """The database could not be opened, read or written. ``full`` says the disk is full, ``damaged``
 
-    that a partition of alerts is not what was written.
+    that it, or a partition of alerts, is not what was written.
     """
 
     def __init__(
@@ -51,8 +61,13 @@ class StoreError(HairpinError):
         self.damaged = damaged
 
 
-def explain_fault(path: Path, fault: sqlite3.Error | OSError) -> StoreError:
-    """What a failure of SQLite or of the disk means for ``path``, and what to do about it."""
+def explain_fault(
+    path: Path, fault: sqlite3.Error | OSError | UnicodeDecodeError, *, opening: bool = False
+) -> StoreError:
+    """What a failure of SQLite or of the disk means for ``path``, and what to do about it.
+
+    ``opening`` as in `is_damage`.
+    """
     if isinstance(fault, OSError):
         full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free space on" if full else "check"
@@ -60,13 +75,16 @@ def explain_fault(path: Path, fault: sqlite3.Error | OSError) -> StoreError:
     if isinstance(fault, Damaged) and fault.path is not None:
         mend = "restore it from a backup, or move it away: alerts go on without it"
         return StoreError(f"{fault.path} is damaged: {fault}", mend, damaged=True)
-    code = getattr(fault, "sqlite_errorcode", None)
     reason = f"database {path}: {fault}"
+    if isinstance(fault, UnicodeDecodeError):
+        # What SQLite says of a name that is no text any more, before it comes to an error of its own.
+        return StoreError(reason, DAMAGE_MEND, damaged=True)
+    code = getattr(fault, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
     if primary == sqlite3.SQLITE_FULL:
         return StoreError(reason, f"free space on the disk of {path.parent}", full=True)
-    if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreError(reason, "move the file aside and restore it from a backup")
+    if is_damage(fault, opening=opening):
+        return StoreError(reason, DAMAGE_MEND, damaged=True)
     if primary in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
         return StoreError(reason, f"check the disk and the permissions of {path.parent}")
     return StoreError(reason)
@@ -92,6 +110,8 @@ class Store:
         self._lock = _lock_owner(path)
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
+        self._unsettled = False
+        self.mended: tuple[str, ...] = ()
         self._partitions: Partitions = None  # type: ignore[assignment]  # set by the writer thread
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
@@ -106,7 +126,23 @@ class Store:
 
         When it raises, nothing of it stays. Raises StoreError for failures of the database.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, change)
+        result = await asyncio.get_running_loop().run_in_executor(self._writer, self._write, change)
+        if self._unsettled:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile, which empties the log, too
+                self._writer.submit(self._settle)  # nobody waits for it
+        return result
+
+    async def write_lasting(self, change: Callable[[Database], T]) -> T:
+        """As `write`, for configuration: soon it stands in the file, and no longer in the log alone.
+
+        SQLite reads a damaged log up to the damage, which would bring back what was before, and tell nobody.
+        """
+
+        def write(db: Database) -> T:
+            self._unsettled = True  # also where it fails: no harm in an empty log
+            return change(db)
+
+        return await self.write(write)
 
     async def read(self, question: Callable[[Database], T]) -> T:
         """Run ``question`` on a read-only connection, which sees one consistent state.
@@ -184,8 +220,18 @@ class Store:
         try:
             with self._database.atomic():
                 return change(self._database)
-        except sqlite3.Error as fault:
+        except (sqlite3.Error, UnicodeDecodeError) as fault:
             raise explain_fault(self.path, fault) from fault
+
+    def _settle(self) -> None:
+        """Empty the log into the file; where a reader is in the way, after the next write."""
+        if self._unsettled:
+            try:
+                self._unsettled = not empty_log(self._database.conn)
+            except sqlite3.Error as fault:
+                log.warning(
+                    "log of the database not emptied", path=str(self.path), fault=str(fault)
+                )
 
     def _read(self, question: Callable[[Database], T]) -> T:
         try:
@@ -194,7 +240,7 @@ class Store:
                 database = self._local.database = self._open_reader()
             with database.atomic():
                 return question(database)
-        except sqlite3.Error as fault:
+        except (sqlite3.Error, UnicodeDecodeError) as fault:
             raise explain_fault(self.path, fault) from fault
 
     def _connect(self, uri: str) -> sqlite3.Connection:
@@ -212,13 +258,15 @@ class Store:
             connection.execute("PRAGMA foreign_keys=ON")
             connection.execute("PRAGMA journal_size_limit=67108864")
             database = Database(connection, execute_plugins=False)
-            migrations.apply(database)
+            with expecting_damage():
+                self.mended = open_tables(database, self._clock())
+            self._unsettled = not empty_log(connection)
             self._partitions = Partitions(
                 find_directory(self.path), database, self._limits, self._clock
             )
             return database
-        except (sqlite3.Error, OSError) as fault:
-            raise explain_fault(self.path, fault) from fault
+        except (sqlite3.Error, UnicodeDecodeError, OSError) as fault:
+            raise explain_fault(self.path, fault, opening=True) from fault
 
     def _open_reader(self) -> Database:
         connection = self._connect(f"{self.path.absolute().as_uri()}?mode=ro")
@@ -245,6 +293,16 @@ class AlertView:
 def find_directory(database: Path) -> Path:
     """Where the partitions of ``database`` are: `hairpin-alerts` beside `hairpin.db`."""
     return database.with_name(f"{database.stem}-alerts")
+
+
+def empty_log(connection: sqlite3.Connection) -> bool:
+    """Whether all of it stands in the file now. Raises sqlite3.Error."""
+    connection.execute(f"PRAGMA busy_timeout = {int(_SETTLE_SECONDS * 1000)}")
+    try:
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {int(_BUSY_SECONDS * 1000)}")
 
 
 def _create_private(path: Path) -> None:

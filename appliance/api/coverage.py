@@ -151,6 +151,10 @@ class LedgerSummary(ApiDocument):
     pairs: Count = 0
     pairs_traced: Count = 0
     traced: Count = Field(default=0, description="Packets traced.")
+    by_copy: bool = Field(
+        default=False,
+        description="Traced in a copy of the switch's tables, not in the switch (docs/coverage.md).",
+    )
     inspected: Count = 0
     direct: Count = 0
     denied: Count = 0

@@ -199,8 +199,8 @@ class FailureWatch:
             self._last_at = row["at"]
             try:
                 self._meter = parse_meter(json.loads(row["value"]))
-            except HairpinError as fault:
-                log.error("readings of before are of no use", reason=fault.reason)
+            except (HairpinError, ValueError) as fault:
+                log.error("readings of before are of no use", reason=str(fault))
         self._kept = bool(meters)
         for row in events:
             lane = str(row["subject"]).removeprefix("lane ")

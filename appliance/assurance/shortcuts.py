@@ -251,8 +251,8 @@ class ShortcutWatch:
             try:
                 stored = json.loads(row["value"])
                 self.book, self.memory = parse_book(stored), _parse_memory(stored)
-            except HairpinError as fault:
-                log.error("accounts of before are of no use", reason=fault.reason)
+            except (HairpinError, ValueError) as fault:
+                log.error("accounts of before are of no use", reason=str(fault))
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -60,9 +60,10 @@ def prepare(
     from appliance.hosting.keeping import find_folder, keep
     from appliance.hosting.plan import build_plan
     from appliance.hosting.spec import build_ports
-    from appliance.hosting.vm import check_seed, render_domain, render_seed
+    from appliance.hosting.vm import check_paths, check_seed, render_domain, render_seed
 
     host = _read_spec(spec)
+    check_paths(host)
     # With a secret that stands for the one to come: nothing is issued for what can't be used.
     check_seed(host, build_ports(host, bytes(32)))
     folder = find_folder(host, keys)

@@ -7,16 +7,24 @@ import json as jsonlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import Field
 
-from appliance.api.documents import ApiDocument
 from appliance.commands import options
+from appliance.commands.image_documents import (
+    BootReport,
+    BootVersionList,
+    BootVersionReport,
+    BundleReport,
+    BundleSourceReport,
+    ImageFinding,
+    ImageReport,
+    ReleaseReport,
+    SignReport,
+)
 from appliance.commands.output import (
     JSON_WANTED,
     clean,
@@ -75,85 +83,6 @@ AGE_NOTED_DAYS = 30
 """In the root of an image: whose versions and rules it takes."""
 
 
-class ImageFinding(ApiDocument):
-    place: str
-    status: Literal["ok", "changed", "unsigned", "unexpected", "missing", "state"]
-    detail: str = ""
-    signer: str = ""
-
-
-class ImageReport(ApiDocument):
-    """What `hairpin image verify --json` prints. ``good``: everything is as it was signed."""
-
-    good: bool
-    versions: tuple[str, ...]
-    findings: tuple[ImageFinding, ...]
-
-
-class BundleSourceReport(ApiDocument):
-    name: str
-    sha256: str
-
-
-class BundleReport(ApiDocument):
-    """What `image rules` and `image refresh` print. ``serial`` 0: there is no bundle."""
-
-    serial: int = 0
-    created: datetime | None = None
-    age_days: float | None = None
-    rules: int = 0
-    size: int = 0
-    signer: str = ""
-    sources: tuple[BundleSourceReport, ...] = ()
-    faults: tuple[str, ...] = ()
-    loaded: Mapping[str, int] = Field(default_factory=dict)
-    left_out: int = 0
-
-
-class SignReport(ApiDocument):
-    """What `image sign` prints."""
-
-    manifest: str
-    version: str
-    files: int
-
-
-class ReleaseReport(ApiDocument):
-    """What `image extract` and `image update` print."""
-
-    version: str
-    root_hash: str
-    signer: str
-    files: tuple[str, ...] = ()
-    written: bool = False
-
-
-class BootVersionReport(ApiDocument):
-    """``left``: tries that the boot loader counts; none once it was found good."""
-
-    version: str
-    running: bool
-    state: str
-    left: int | None = None
-    done: int = 0
-    failed: bool = False
-    lacking: tuple[str, ...] = ()
-
-
-class BootVersionList(ApiDocument):
-    """What `image boots` prints."""
-
-    items: tuple[BootVersionReport, ...]
-
-
-class BootReport(ApiDocument):
-    """What `image check` prints. ``trial``: the boot loader still counts the tries of this version."""
-
-    passed: bool
-    trial: bool
-    lacking: tuple[str, ...] = ()
-
-
 def _note(text: str) -> None:
     if not JSON_WANTED.get():
         print_note(f"{text} ...")
@@ -172,16 +101,41 @@ def verify(
         ),
     ] = None,
     ran: Ran = False,
+    minimum_version: Annotated[
+        str | None,
+        typer.Option(
+            "--minimum-version",
+            metavar="VERSION",
+            help="An older version that can boot is a difference; any that is signed does if none.",
+        ),
+    ] = None,
+    minimum_serial: Annotated[
+        int | None,
+        typer.Option(
+            "--minimum-serial",
+            min=1,
+            max=2**53 - 1,
+            help="Rules of a lower serial number, or none, are a difference.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Tell every difference between an image and what was signed; status 1 if there is one."""
     from appliance.image.disk import open_to_read
+    from appliance.image.minimum import Minimum, list_not_compared, require_minimum
+    from appliance.image.model import VERSION
+    from appliance.image.update import compare_versions
     from appliance.image.verify import Wanted, verify_image
 
     trusted = _read_trusted(certificate)
+    if minimum_version is not None and not VERSION.fullmatch(minimum_version):
+        raise WrongInput([FieldError("--minimum-version", f"{minimum_version!r} is no version")])
     told = None if manifest is None else _read_manifest(manifest, trusted)
+    wanted, minimum = Wanted(trusted, told, ran), Minimum(minimum_version, minimum_serial)
     with open_to_read(file, _note) as disk:
-        verdict = verify_image(disk, Wanted(trusted, told, ran), _note)
+        verdict = verify_image(disk, wanted, _note)
+    verdict = require_minimum(verdict, minimum, compare_versions)
+    not_compared = list_not_compared(verdict, wanted, minimum)
     if json:
         findings = tuple(
             ImageFinding(
@@ -189,12 +143,22 @@ def verify(
             )
             for one in verdict.findings
         )
-        print_json(ImageReport(good=verdict.good, versions=verdict.versions, findings=findings))
+        report = ImageReport(
+            good=verdict.good,
+            versions=verdict.versions,
+            serials=verdict.serials,
+            findings=findings,
+            not_compared=not_compared,
+        )
+        print_json(report)
     else:
         rows = [(one.status, one.place, one.detail, one.signer) for one in verdict.findings]
         print_table(("status", "what", "found", "signed by"), rows, "nothing was found")
         bad = sum(not one.good for one in verdict.findings)
-        print_line("everything is as it was signed" if verdict.good else f"{bad} differences")
+        for one in not_compared:
+            print_line(f"not compared: {one}")
+        what = "all else" if not_compared else "everything"
+        print_line(f"{what} is as it was signed" if verdict.good else f"{bad} differences")
     if not verdict.good:
         raise typer.Exit(1)
 
@@ -426,6 +390,7 @@ def update(
     """On the appliance, as root: write a newer version beside the one that runs; it is tried at the next boot."""
     from appliance.image import update as work
     from appliance.image.disk import open_device_to_read
+    from appliance.image.model import ImageError
 
     if os.geteuid() != 0:
         raise HairpinError("only root may write a new version", "run it as root")
@@ -442,8 +407,13 @@ def update(
         work.name_for_sysupdate(release)
         _note(f"writing version {release.version}")
         work.run_sysupdate(release.version)
-        with open_device_to_read(device) as written:
-            work.check_written(written, release, trusted, _note)
+        try:
+            work.forget_cached(device)
+            with open_device_to_read(device) as written:
+                work.check_written(written, release, trusted, _note)
+        except ImageError:
+            work.withdraw(release.version)
+            raise
     if BOOT_REPORT.exists():
         _write_boots()
     text = f"version {release.version} is written; it is tried at the next boot: `systemctl reboot`"

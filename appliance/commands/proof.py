@@ -124,8 +124,9 @@ def _describe_ledger(ledger: LedgerSummary) -> str:
             f"({ledger.shortcut_packets} packets, {ledger.shortcut_bytes} bytes uninspected)"
         )
     verdict = f"{ledger.violation_count} VIOLATIONS" if ledger.violation_count else "no violation"
+    place = " in a copy of the switch" if ledger.by_copy else ""
     return (
-        f"ledger at {render_time(ledger.at)}: {ledger.traced} traces of {ledger.classes_traced} of "
+        f"ledger at {render_time(ledger.at)}: {ledger.traced} traces{place} of {ledger.classes_traced} of "
         f"{ledger.classes} classes, {ledger.pairs_traced} of {ledger.pairs} pairs: "
         f"{'; '.join(parts)}; {verdict}"
     )

@@ -59,7 +59,8 @@ JSON_SHAPES = {
     "policy show": "PolicyDocuments",
     "rules update": "UpdateJob",
     "rules show": "RulesStatus; with a filter RulePage",
-    "image verify": "`good`, `versions`, `findings` (each `place`, `status`, `detail`, `signer`)",
+    "image verify": "`good`, `versions`, `serials`, `findings` (`place`, `status`, `detail`, `signer`), "
+    "`notCompared`",
     "image sign": "`manifest`, `version`, `files`",
     "image refresh": "as `image rules`, with `loaded` (by profile) and `leftOut`",
     "image rules": "`serial`, `created`, `ageDays`, `rules`, `size`, `signer`, `sources`, `faults`",

@@ -74,8 +74,11 @@ Either as a **systemd credential** `{seed}`, which QEMU and libvirt hand over wi
     qemu-system-x86_64 ... -fw_cfg name=opt/io.systemd.credentials/{seed},file=rack-12.yaml
 
     <sysinfo type='fwcfg'>
-      <entry name='opt/io.systemd.credentials/{seed}' file='/etc/hairpin/rack-12.yaml'/>
+      <entry name='opt/io.systemd.credentials/{seed}' file='/var/lib/hairpin-host/rack-12.yaml'/>
     </sysinfo>
+
+QEMU's group must be able to read the file, and with AppArmor libvirt gives a VM none below `/etc`. QEMU reads it when
+it starts: after a change shut the VM down and start it; `virsh reboot` boots with what was read.
 
 or as a **NoCloud disk**: label `CIDATA`, iso9660 or vfat, a file `user-data` in which the seed stands under the
 key `hairpin` (and nothing else: no cloud-init runs here), and `meta-data`, of which `local-hostname` is the

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -174,14 +174,15 @@ def find_fingerprint(certificate: str) -> str:
 
 
 def is_usable(pair: Pair, name: str, address: str | None, now: float) -> bool:
-    """Whether our own certificate of an earlier boot is for this name and address and lasts a while."""
+    """Whether our own certificate of an earlier boot is whole, for this name and address, and lasts a while."""
     verdict = judge_pair("api", pair, now + RENEW_DAYS * 86400.0, "server")
     if verdict.faults or verdict.dated:
         return False
     found = x509.load_pem_x509_certificates(pair.certificate.encode())[0]
     try:
+        found.verify_directly_issued_by(found)  # by its own key: each byte that is signed
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, ValueError, TypeError, InvalidSignature):
         return False
     return list(names) == _build_names(name, address)
 

@@ -91,12 +91,18 @@ class ManagementNetwork(Part):
 
 
 class ServiceVm(Part):
-    """The service VM, as libvirt is told."""
+    """The service VM, as libvirt is told.
+
+    ``virt_type`` `qemu`: emulated, where guests have no KVM. ``secure_boot`` False: for hosts without firmware that
+    enforces it and has no keys yet.
+    """
 
     name: Word = "hairpin"
     image: HostPath = "/var/lib/libvirt/images/hairpin.qcow2"
     memory_mib: int = Field(default=4096, alias="memoryMiB", ge=1024, le=1 << 20)
     cpus: int = Field(default=2, ge=1, le=64)
+    virt_type: Literal["kvm", "qemu"] = Field(default="kvm", alias="virtType")
+    secure_boot: bool = Field(default=True, alias="secureBoot")
     qemu_group: Word = Field(default="libvirt-qemu", alias="qemuGroup")
     management: ManagementNetwork
 
@@ -119,7 +125,7 @@ class HostSpec(Part):
     openflow_port: PortNumber = Field(default=6653, alias="openflowPort")
     directory: HostPath = "/etc/openvswitch/hairpin"
     ovs_database: HostPath = Field(default="/etc/openvswitch/conf.db", alias="ovsDatabase")
-    vm_directory: HostPath = Field(default="/etc/hairpin-host", alias="vmDirectory")
+    vm_directory: HostPath = Field(default="/var/lib/hairpin-host", alias="vmDirectory")
     tls: Literal["issue", "existing"] = "issue"
     taps: Literal["vm", "kept"] = "vm"
     vm_mtu: int = Field(default=1500, alias="vmMtu", ge=576, le=65000)

@@ -7,6 +7,7 @@ domain's XML would stand on QEMU's command line, which every user of the host ma
 
 from __future__ import annotations
 
+import uuid
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import Any
@@ -27,12 +28,19 @@ from appliance.hosting.spec import (
 from steering.errors import FieldError, WrongInput
 
 CREDENTIAL = "opt/io.systemd.credentials/hairpin.seed"
+# What libvirt lets no VM have under AppArmor, so that it would not start (libvirt: src/security/virt-aa-helper.c).
+RESTRICTED = (
+    "/bin/", "/boot/", "/etc/", "/lib", "/lost+found/", "/proc/", "/sbin/", "/selinux/", "/sys/",
+    "/usr/bin/", "/usr/lib", "/usr/local/bin/", "/usr/local/etc/", "/usr/local/lib",
+    "/usr/local/sbin/", "/usr/sbin/", "/usr/share/",
+)  # fmt: skip
+_UUIDS = uuid.UUID("6d0f3c52-6a3b-4a57-9d0f-7c1b0a52d1e4")
 
 
 def render_domain(spec: HostSpec, ports: Sequence[LegPort]) -> str:
     """The domain's XML (libvirt.org/formatdomain.html)."""
     vm = spec.vm
-    domain = ElementTree.Element("domain", type="kvm")
+    domain = ElementTree.Element("domain", type=vm.virt_type)
 
     def add(
         parent: ElementTree.Element, tag: str, text: str = "", **attributes: str
@@ -42,12 +50,19 @@ def render_domain(spec: HostSpec, ports: Sequence[LegPort]) -> str:
         return element
 
     add(domain, "name", vm.name)
+    # Always the same: libvirt refuses another domain of the same name, and by it the appliance knows its journal.
+    add(domain, "uuid", str(uuid.uuid5(_UUIDS, f"{spec.name}/{vm.name}")))
     add(domain, "memory", str(vm.memory_mib), unit="MiB")
     add(domain, "vcpu", str(vm.cpus))
     add(add(domain, "sysinfo", type="fwcfg"), "entry", name=CREDENTIAL, file=seed_path(spec))
-    add(add(domain, "os", firmware="efi"), "type", "hvm", arch="x86_64", machine="q35")
+    system = add(domain, "os", firmware="efi")
+    add(system, "type", "hvm", arch="x86_64", machine="q35")
+    firmware = add(system, "firmware")
+    # Left to itself libvirt takes firmware with Microsoft's keys, under which the image's programs don't start.
+    add(firmware, "feature", enabled="yes" if vm.secure_boot else "no", name="secure-boot")
+    add(firmware, "feature", enabled="no", name="enrolled-keys")
     add(add(domain, "features"), "acpi")
-    add(domain, "cpu", mode="host-passthrough")
+    add(domain, "cpu", mode="host-passthrough" if vm.virt_type == "kvm" else "maximum")
     add(domain, "on_crash", "restart")
     devices = add(domain, "devices")
     disk = add(devices, "disk", type="file", device="disk")
@@ -124,6 +139,18 @@ def build_seed(
             "canary": {"interface": canary.interface, "mac": canary.mac},
         }
     }
+
+
+def check_paths(spec: HostSpec) -> None:
+    """Raises WrongInput for files that libvirt would refuse to the VM, under AppArmor: when it starts is late."""
+    reason = "libvirt, with AppArmor, gives no file from there to a VM; choose one below /var/lib"
+    told = [
+        FieldError(place, reason)
+        for place, path in (("vmDirectory", seed_path(spec)), ("vm.image", spec.vm.image))
+        if path.startswith(RESTRICTED)
+    ]
+    if told:
+        raise WrongInput(told)
 
 
 def check_seed(spec: HostSpec, ports: Sequence[LegPort]) -> None:

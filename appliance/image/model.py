@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,6 +11,8 @@ from typing import Protocol
 from steering.errors import HairpinError
 
 SECTOR = 512
+VERSION = re.compile(r"[0-9][0-9A-Za-z.~^-]{0,19}")
+"""How a version of the image is written."""
 Progress = Callable[[str], None]
 
 
@@ -77,13 +80,15 @@ class Status(StrEnum):
     UNEXPECTED = "unexpected"
     MISSING = "missing"
     STATE = "state"
+    OLDER = "older"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One part of the image. ``signer`` is who signed it, empty where nobody did.
 
-    STATE: it is what the appliance wrote while it ran, which nobody signs; it was not looked at.
+    STATE: it is what the appliance wrote while it ran, which nobody signs; it was not looked at. OLDER: signed, and
+    older than what is wanted.
     """
 
     place: str
@@ -97,11 +102,28 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel image (UKI) that is signed, and the root that it was signed for. ``path`` in the boot partition."""
+
+    path: str
+    version: str
+    root_hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """All findings, in the order of the disk. ``versions`` are those that can boot, by the names of their kernels."""
+    """All findings, in the order of the disk. ``kernels`` are those that can boot, ``serials`` those of the
+    rules' copies that can be used.
+    """
 
     findings: tuple[Finding, ...]
-    versions: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    serials: tuple[int, ...] = ()
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(one.version for one in self.kernels))
 
     @property
     def good(self) -> bool:

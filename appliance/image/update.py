@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,14 @@ from pathlib import Path
 import structlog
 from cryptography.x509 import Certificate
 
+from appliance.image.boots import KERNEL_DIRECTORIES
 from appliance.image.disk import open_part_to_read, open_to_read
 from appliance.image.fat import read_tree
 from appliance.image.gpt import read_table
 from appliance.image.layout import RootSet, find_layout
-from appliance.image.model import Damaged, ImageError, Progress, Source
+from appliance.image.model import VERSION, Damaged, ImageError, Progress, Source
 from appliance.image.signing import check_detached, render_name
-from appliance.image.verify import KERNELS, check_kernel
+from appliance.image.verify import KERNELS, check_kernel, hash_source, strip_tries
 from appliance.image.verity import check_tree, parse_signature, parse_superblock
 from steering.errors import CommandFailed, FieldError, WrongInput
 from steering.run import run
@@ -47,18 +47,18 @@ PART_LIMITS = {"root": 2**31, "tree": 2**28, "signature": 2**20, "kernel": 2**29
 """Bytes: well over what an image has room for. A release comes from outside, and is staged where alerts are kept."""
 FREE_SHARE = 20
 """One in so many bytes of that disk stays free, as for health (appliance/assurance/disk.py)."""
-_VERSION = re.compile(r"[0-9][0-9A-Za-z.~^-]{0,19}")
 _CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A release that was checked. ``files`` by the names of PARTS."""
+    """A release that was checked. ``files`` by the names of PARTS; ``kernel_sha256`` of the whole file."""
 
     version: str
     root_hash: str
     signer: str
     files: dict[str, Path]
+    kernel_sha256: str
 
     @property
     def numbers(self) -> dict[str, str]:
@@ -105,17 +105,18 @@ def check_release(
     with contextlib.ExitStack() as opened:
         part = {name: opened.enter_context(open_part_to_read(path)) for name, path in files.items()}
         kernel, signer = check_kernel(part["kernel"], files["kernel"].name, trusted)
+        kernel_sha256 = hash_source(part["kernel"])
         told = parse_signature(part["signature"].read(0, min(part["signature"].size, _CHUNK)))
         certificate = check_detached(told.signature, told.root_hash.encode(), trusted)
         if kernel.root_hash != told.root_hash:
             raise Damaged("the kernel was signed for another root")
-        if not _VERSION.fullmatch(kernel.version):
+        if not VERSION.fullmatch(kernel.version):
             raise Damaged(f"the kernel names its version {kernel.version!r}")
         block = parse_superblock(part["tree"].read(0, 512), part["root"].size, part["tree"].size)
         for damage in check_tree(part["root"], part["tree"], block, told.root_hash, progress):
             raise Damaged(f"the root's {damage.what} is not what was signed: {damage}")
     log.info("release checked", version=kernel.version, signer=render_name(certificate))
-    return Release(kernel.version, told.root_hash, signer, dict(files))
+    return Release(kernel.version, told.root_hash, signer, dict(files), kernel_sha256)
 
 
 def extract(disk: Source, target: Path, progress: Progress) -> dict[str, Path]:
@@ -132,7 +133,7 @@ def extract(disk: Source, target: Path, progress: Progress) -> dict[str, Path]:
     if len(kernels) != 1:
         raise ImageError(f"the image has {len(kernels)} kernels", "take an image as it was built")
     version = full[0].root.name.rpartition("_")[2]
-    if not _VERSION.fullmatch(version):
+    if not VERSION.fullmatch(version):
         raise ImageError(f"the root's label {full[0].root.name!r} has no version")
     files = {name: target / f"hairpin_{version}.{ending}" for name, ending in PARTS.items()}
     sources: dict[str, Source] = {**_find_sources(disk, full[0]), "kernel": kernels[0]}
@@ -271,7 +272,7 @@ def find_disk(label: Path = Path("/dev/disk/by-partlabel/hairpin-rules")) -> Pat
 def check_written(
     disk: Source, release: Release, trusted: Sequence[Certificate], progress: Progress
 ) -> None:
-    """Read back what was written, all of it. Raises ImageError."""
+    """Read back what was written, all of it: each block of the root, and the kernel. Raises ImageError."""
     layout = find_layout(read_table(disk))
     numbers = release.numbers
     found = next((one for one in layout.roots if one.root.guid == numbers["root"]), None)
@@ -287,3 +288,45 @@ def check_written(
         raise ImageError(
             f"the new root's {damage.what} was not written well: {damage}", "update again"
         )
+    _check_kernel_written(layout.esp.of(disk), release)
+
+
+def _check_kernel_written(esp: Source, release: Release) -> None:
+    name = f"{KERNELS}hairpin_{release.version}.efi".upper()
+    found = [one for one in read_tree(esp).files if strip_tries(one.path).upper() == name]
+    if len(found) != 1:
+        reason = f"the new kernel is {len(found)} times in the boot partition"
+        raise ImageError(reason, "update again; the running version goes on")
+    if hash_source(found[0]) != release.kernel_sha256:
+        reason = f"the new kernel was not written well: {found[0].path} is not what was signed"
+        raise ImageError(reason, "update again; the running version goes on")
+
+
+def forget_cached(device: Path) -> None:
+    """What is read from the disk next comes from the disk: what is still in memory is written, then dropped.
+
+    Raises ImageError.
+    """
+    os.sync()
+    try:
+        handle = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+    except OSError as fault:
+        raise ImageError(f"{device}: {fault.strerror}", "check the disk") from fault
+
+
+def withdraw(version: str, directories: Sequence[Path] = KERNEL_DIRECTORIES) -> None:
+    """Take its kernel away: it is not tried, and may be written again. Raises ImageError."""
+    for directory in directories:
+        for path in (
+            directory / f"hairpin_{version}.efi",
+            *directory.glob(f"hairpin_{version}+*.efi"),
+        ):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as fault:
+                raise ImageError(f"{path} can't be removed: {fault.strerror}") from fault
+            log.warning("kernel withdrawn", path=str(path))

@@ -22,6 +22,7 @@ from appliance.image.model import (
     Damaged,
     Finding,
     ImageError,
+    Kernel,
     Part,
     Progress,
     Source,
@@ -46,15 +47,6 @@ KERNELS = "/EFI/LINUX/"
 UNUSED_LIMIT = 5
 _SIGNATURE_ROOM = 2**20
 _CHUNK = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """A kernel image (UKI) that is signed, and the root that it was signed for."""
-
-    path: str
-    version: str
-    root_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +78,13 @@ def verify_image(disk: Source, wanted: Wanted, progress: Progress) -> Verdict:
         if kernel.root_hash not in roots:
             detail = "the root that it starts is not there, or nobody signed it"
             findings.append(Finding(f"esp {kernel.path}", Status.CHANGED, detail))
-    findings += _check_rules(disk, layout, wanted)
+    serials: list[int] = []
+    findings += _check_rules(disk, layout, wanted, serials)
     findings += _check_var(disk, layout, wanted, progress)
     for other in layout.others:
         place = f"partition {other.number}"
         findings.append(Finding(place, Status.UNEXPECTED, f"{other.name!r} of type {other.type}"))
-    versions = tuple(dict.fromkeys(one.version for one in kernels))
-    return Verdict(tuple(findings), versions)
+    return Verdict(tuple(findings), tuple(kernels), tuple(serials))
 
 
 # The table, and all that lies in no partition
@@ -327,7 +319,9 @@ def _check_root(
     yield from faults
     found.add(told.root_hash)
     if not faults:
-        yield Finding(f"{place} signature", Status.OK, f"root hash {told.root_hash[:16]}", signer)
+        version = next(one.version for one in kernels if one.root_hash == told.root_hash)
+        detail = f"version {version or 'unknown'}, root hash {told.root_hash[:16]}"
+        yield Finding(f"{place} signature", Status.OK, detail, signer)
     try:
         block = parse_superblock(tree.read(0, 512), data.size, tree.size)
     except Damaged as fault:
@@ -402,7 +396,9 @@ def _read_signature(part: Source) -> bytes:
 # Rules and state
 
 
-def _check_rules(disk: Source, layout: Layout, wanted: Wanted) -> Iterator[Finding]:
+def _check_rules(
+    disk: Source, layout: Layout, wanted: Wanted, serials: list[int]
+) -> Iterator[Finding]:
     if layout.rules is None:
         yield Finding("rules", Status.MISSING, "there is no partition for them")
         return
@@ -429,6 +425,7 @@ def _check_rules(disk: Source, layout: Layout, wanted: Wanted) -> Iterator[Findi
             yield Finding(place, Status.CHANGED, fault.reason)
             continue
         headers.append(found.header)
+        serials.append(found.header.serial)
         if leftover is not None:
             yield Finding(place, Status.UNEXPECTED, f"bytes at {leftover}, after the bundle")
         detail = f"serial {found.header.serial}, {found.header.rules} rules"

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def read_threads(pid: int) -> tuple[ThreadSight, ...]:
     return tuple(found)
 
 
+AUTOGROUP_SECONDS = 0.15
+
+
 def write_group_nice(pid: int, nice: int) -> str:
     """Give the process's session a niceness among sessions (sched(7), the autogroup feature); why not, or "".
 
@@ -93,7 +97,13 @@ def write_group_nice(pid: int, nice: int) -> str:
         present = path.read_text().split()
         # Read first: to write takes locks of the whole scheduler.
         if present[:1] and present[0].startswith("/autogroup-") and present[-1] != str(nice):
-            path.write_text(str(nice))
+            try:
+                path.write_text(str(nice))
+            except BlockingIOError:
+                # Another lane's was set just now: without CAP_SYS_ADMIN the kernel takes one such change in 100 ms,
+                # of all processes together (kernel/sched/autogroup.c).
+                time.sleep(AUTOGROUP_SECONDS)
+                path.write_text(str(nice))
     except FileNotFoundError:
         return ""
     except OSError as fault:

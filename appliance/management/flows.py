@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlite_utils import Database
@@ -131,11 +132,13 @@ class FlowIngest:
             await asyncio.sleep(0 if more else POLL_SECONDS)
 
     async def _load(self) -> None:
-        rows = await self._store.read(
-            lambda db: find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (SPOOL,))
-        )
+        def find(db: Database) -> tuple[list[dict[str, Any]], list[Bookmark]]:
+            rows = find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (SPOOL,))
+            return rows, list(map(parse_bookmark_row, rows))
+
+        rows, bookmarks = await self._store.read(find)
         # Also those that are finished: their files may still be there, if this was killed meanwhile.
-        self._bookmarks = index_bookmarks(map(parse_bookmark_row, rows))
+        self._bookmarks = index_bookmarks(bookmarks)
         self._finished = {int(row["generation"]) for row in rows if row["finished_at"] is not None}
         self._next_generation = 1 + max((int(row["generation"]) for row in rows), default=0)
 

@@ -51,6 +51,7 @@ class Facts:
     """All that health is judged by. ``forwarding`` by lane name; times in seconds since the epoch.
 
     ``canaries`` None: no canary port is configured. ``stale_after``: seconds for which rules are fresh.
+    ``mended``: configuration that was found damaged at the start, and was put back.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Facts:
     balances: Mapping[str, Balance] = field(default_factory=dict)
     ledger: LedgerRun | None = None
     disks: tuple[DiskState, ...] = ()
+    mended: tuple[str, ...] = ()
     shortcut_faults: tuple[str, ...] = ()
     stale_after: float | None = None
     boots: tuple[BootVersion, ...] = ()
@@ -246,12 +248,18 @@ def _judge_switch(facts: Facts, problems: list[doc.HealthProblem]) -> doc.Compon
 def _judge_store(facts: Facts, problems: list[doc.HealthProblem]) -> doc.ComponentHealth:
     for disk in facts.disks:
         _problem(problems, disk.reason, "free space there, or give it more", disk.since)
+    for mended in facts.mended:
+        mend = (
+            "it is mended; check the disk, of which more may be damaged, then restart the service"
+        )
+        _problem(problems, mended, mend, facts.started_at)
     faults = [f"{lane.lane}: {lane.fault}" for lane in facts.ingest if lane.fault]
     if facts.flows_fault:
         faults.append(f"flow records: {facts.flows_fault}")
     for fault in faults:
         mend = "nothing is lost while the engine can write; free disk space or mend access"
         _problem(problems, f"not stored: {fault}", mend, facts.now)
+    faults += facts.mended
     behind = sum(lane.behind_bytes for lane in facts.ingest)
     faults += [disk.reason for disk in facts.disks if disk.full]
     return doc.ComponentHealth(

@@ -219,7 +219,7 @@ class PolicyWork:
         """Until the store takes it: after a restart the revision before would be in force else."""
         while True:
             try:
-                await self._store.write(lambda db: record_applied(db, number, at, report))
+                await self._store.write_lasting(lambda db: record_applied(db, number, at, report))
                 break
             except StoreError as fault:
                 log.error("revision not noted as applied", revision=number, reason=fault.reason)

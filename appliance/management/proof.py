@@ -90,6 +90,7 @@ def build_ledger(
         pairs=ledger.pairs,
         pairs_traced=ledger.pairs_traced,
         traced=ledger.traced,
+        by_copy=ledger.by_copy,
         inspected=ledger.inspected,
         direct=ledger.direct,
         denied=ledger.denied,

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 from sqlite_utils import Database
 
+from appliance.alerts.configuration import Part, keep_configuration
 from appliance.alerts.history import find_rows, record_event
 from appliance.alerts.rows import insert_sql
 from appliance.alerts.store import Store, StoreError
@@ -60,10 +61,12 @@ def store_quarantine(db: Database, one: Quarantine) -> None:
         "reason": one.reason,
     }
     db.execute(insert_sql("quarantines", row), row)
+    keep_configuration(db, Part.QUARANTINES)
 
 
 def remove_quarantine(db: Database, vm_id: str) -> None:
     db.execute("DELETE FROM quarantines WHERE vm_id = ?", (vm_id,))
+    keep_configuration(db, Part.QUARANTINES)
 
 
 def find_ended(quarantines: Mapping[str, Quarantine], now: float) -> tuple[Quarantine, ...]:
@@ -199,4 +202,4 @@ class QuarantineWork:
             severity = "warning" if began else "info"
             record_event(db, now, kind, severity, text, subject=one.vm_id, detail=detail)
 
-        await self._store.write(write)
+        await self._store.write_lasting(write)

@@ -139,6 +139,7 @@ class Management:
             ledger=self._watches.ledger.last,
             stale_after=self._settings.rules.stale_seconds,
             disks=self._watches.disk.states,
+            mended=self._store.mended,
             boots=read_versions(BOOT_REPORT),
             shortcut_faults=tuple(
                 filter(None, (self.shortcut.fault, self._watches.shortcuts.fault))

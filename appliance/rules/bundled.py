@@ -29,8 +29,8 @@ from appliance.image.model import Bytes, ImageError, Source
 from appliance.image.signing import read_certificates
 from appliance.rules.archive import ARCHIVE_LIMIT, read_rule_files
 from appliance.rules.check import SourceRules, build_source
+from appliance.rules.files import read_bounded, read_note, write_file, write_note
 from appliance.rules.model import BUNDLE, RulesError, SourceReport
-from appliance.rules.store import read_bounded, write_file
 from appliance.settings import RulesBundle
 from steering.errors import HairpinError
 
@@ -150,7 +150,7 @@ class BundleReader:
     def _keep(self, bundle: Bundle, encoded: bytes) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         write_file(self._directory / "bundle", encoded)
-        write_file(self._directory / "seen.json", _SEEN.dump_json(_Seen(bundle.header.serial)))
+        write_note(self._directory / "seen.json", _SEEN.dump_json(_Seen(bundle.header.serial)))
 
     def _find_floor(self) -> int:
         return max(self._settings.floor, self._read_seen())
@@ -164,6 +164,6 @@ class BundleReader:
 
     def _read_seen(self) -> int:
         try:
-            return _SEEN.validate_json(read_bounded(self._directory / "seen.json", 4096)).serial
+            return _SEEN.validate_json(read_note(self._directory / "seen.json", 4096)).serial
         except (OSError, RulesError, ValidationError):
             return 0

@@ -96,7 +96,7 @@ class RulePipeline:
         self._profiles = tuple(dict.fromkeys(lane.profile for lane in settings.lanes))
         self._found: dict[tuple[Profile, str], tuple[RuleInfo, ...]] = {}
         self._tokens: dict[str, str | None] = {}
-        self._whole: dict[Profile, tuple[str, int, int, int, int]] = {}
+        self._whole: dict[Profile, tuple[object, ...]] = {}
 
     # Changing
 
@@ -211,11 +211,11 @@ class RulePipeline:
 
     def _is_good(self, profile: Profile, revision: str) -> bool:
         """Intact, if need be from its copy, and not below the floor."""
-        if not self._store.is_intact(profile, revision) and not self._store.restore_copy(
-            profile, revision
-        ):
+        store = self._store
+        whole = store.is_intact(profile, revision) and store.read_report(profile, revision)
+        if not whole and not store.restore_copy(profile, revision):
             return False
-        report = self._store.read_report(profile, revision)
+        report = store.read_report(profile, revision)
         return report is not None and report.loaded > self._settings.rules.floor
 
     def _is_in_force(self, profile: Profile) -> bool:
@@ -223,14 +223,26 @@ class RulePipeline:
         revision = self._store.find_linked(profile, CURRENT)
         if revision is None:
             return False
+        store = self._store
         try:
-            found = self._store.rules_file(profile, revision).stat()
+            found = [
+                path.stat()
+                for path in (
+                    store.rules_file(profile, revision),
+                    store.report_file(profile, revision),
+                )
+            ]
         except OSError:
             return False
-        mark = (revision, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        mark = (
+            revision,
+            *((one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in found),
+        )
         if self._whole.get(profile) != mark:
-            if not self._store.is_intact(profile, revision):
+            if not store.is_intact(profile, revision):
                 return False
+            if store.read_report(profile, revision) is None:
+                return False  # by it is told how many rules there should be, and how old they are
             self._whole[profile] = mark
         return True
 

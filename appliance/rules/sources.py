@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from appliance.rules.archive import ARCHIVE_LIMIT, read_rule_files
 from appliance.rules.check import SourceRules, build_source
 from appliance.rules.command import Updater
+from appliance.rules.files import read_bounded, read_note, write_file, write_note
 from appliance.rules.model import STARTER, RulesError, SourceReport, SourceUnavailable
-from appliance.rules.store import read_bounded, write_file
 from appliance.settings import RuleSource
 from steering.errors import CommandFailed
 
@@ -120,9 +120,10 @@ class SourceCache:
         """The copy that is kept, without asking the source; no rules, and told so, where there is none."""
         try:
             rules, report = await asyncio.to_thread(self._read_copy, source, RulesError(""))
-        except SourceUnavailable:
+        except SourceUnavailable as missing:
             empty = SourceRules(source.name, (), (), {}, ())
-            fault = "it was never read"
+            never = isinstance(missing.__cause__, FileNotFoundError)
+            fault = "it was never read" if never else f"its copy is of no use: {missing.__cause__}"
             return empty, SourceReport(
                 source.name, render_url(source), "", 0.0, rules=0, stale=True, fault=fault
             )
@@ -152,7 +153,7 @@ class SourceCache:
         directory.mkdir(parents=True, exist_ok=True)
         feed = directory / f"{copy.sha256}.feed"
         write_file(feed, data)
-        write_file(directory / "copy.json", _COPY.dump_json(copy))
+        write_note(directory / "copy.json", _COPY.dump_json(copy))
         for other in directory.glob("*.feed"):
             if other != feed:
                 other.unlink(missing_ok=True)
@@ -163,14 +164,19 @@ class SourceCache:
         directory = self._directory(source)
         reason = fault.reason if isinstance(fault, RulesError) else str(fault)
         try:
-            copy = _COPY.validate_json(read_bounded(directory / "copy.json", 4096))
+            copy = _COPY.validate_json(read_note(directory / "copy.json", 4096))
             data = read_bounded(directory / f"{copy.sha256}.feed", ARCHIVE_LIMIT)
             if hashlib.sha256(data).hexdigest() != copy.sha256:
                 raise RulesError("the kept copy is damaged")
             rules = self._parse(source, data)
         except (OSError, ValidationError, RulesError) as missing:
+            kept = (
+                "no copy of it is kept"
+                if isinstance(missing, FileNotFoundError)
+                else f"its copy is of no use: {missing}"
+            )
             raise SourceUnavailable(
-                f"rule source {source.name}: {reason}, and no copy of it is kept",
+                f"rule source {source.name}: {reason}, and {kept}",
                 "make it reachable, or take it out of rules.sources; "
                 "the rules in force stay as they are",
             ) from missing

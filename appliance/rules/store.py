@@ -25,6 +25,14 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from appliance.rules.files import (
+    parse_note,
+    read_bounded,
+    read_note,
+    sync_directory,
+    write_file,
+    write_note,
+)
 from appliance.rules.model import Attempt, RevisionReport, RulesError, UpdateRunning
 from steering.model import Profile
 
@@ -37,35 +45,6 @@ _REPORT_LIMIT = 64 * 2**20
 _REVISION = re.compile(r"[0-9a-f]{16}")
 _REPORT = TypeAdapter(RevisionReport)
 _ATTEMPT = TypeAdapter(Attempt)
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """A whole file of at most ``limit`` bytes. Raises OSError, RulesError."""
-    with open(path, "rb") as opened:
-        data = opened.read(limit + 1)
-    if len(data) > limit:
-        raise RulesError(f"{path} is larger than {limit} bytes", "remove it")
-    return data
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader, and a crash, sees the old or the new one. Mode 0644."""
-    fresh = path.with_name(f".{path.name}.new")
-    with open(fresh, "wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-        os.fchmod(opened.fileno(), 0o644)
-    fresh.replace(path)
-    _sync_directory(path.parent)
 
 
 def build_revision(rules: bytes) -> str:
@@ -141,10 +120,14 @@ class RuleStore:
             return False
         return True
 
+    def report_file(self, profile: Profile, revision: str) -> Path:
+        return self.profile_dir(profile) / revision / "report.json"
+
     def read_report(self, profile: Profile, revision: str) -> RevisionReport | None:
-        path = self.profile_dir(profile) / revision / "report.json"
+        """None where it is missing or damaged."""
+        path = self.report_file(profile, revision)
         try:
-            return _REPORT.validate_json(read_bounded(path, _REPORT_LIMIT))
+            return _REPORT.validate_json(read_note(path, _REPORT_LIMIT))
         except (OSError, RulesError, ValidationError):
             return None
 
@@ -156,22 +139,22 @@ class RuleStore:
         directory.chmod(0o755)
         self._write_copy(report, rules)
         if self.is_intact(report.profile, report.revision):
-            write_file(target / "report.json", _REPORT.dump_json(report))
+            write_note(target / "report.json", _REPORT.dump_json(report))
             return
         shutil.rmtree(target, ignore_errors=True)
         fresh = staging / f"revision-{report.profile}"
         fresh.mkdir()
         fresh.chmod(0o755)
         write_file(fresh / "suricata.rules", rules)
-        write_file(fresh / "report.json", _REPORT.dump_json(report))
+        write_note(fresh / "report.json", _REPORT.dump_json(report))
         fresh.rename(target)
-        _sync_directory(directory)
+        sync_directory(directory)
 
     def _write_copy(self, report: RevisionReport, rules: bytes) -> None:
         directory = self.profile_dir(report.profile) / COPIES / report.revision
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "suricata.rules", rules)
-        write_file(directory / "report.json", _REPORT.dump_json(report))
+        write_note(directory / "report.json", _REPORT.dump_json(report))
 
     def find_copy(self, profile: Profile, revision: str) -> Path | None:
         """The file of a revision's copy, if it is what its name says."""
@@ -191,10 +174,11 @@ class RuleStore:
             report = read_bounded(copy / "report.json", _REPORT_LIMIT)
             if build_revision(rules) != revision:
                 return False
+            _REPORT.validate_json(parse_note(report))
             target.mkdir(mode=0o755, exist_ok=True)
             write_file(target / "report.json", report)
             write_file(target / "suricata.rules", rules)
-        except (OSError, RulesError):
+        except (OSError, RulesError, ValueError):
             return False
         return True
 
@@ -208,7 +192,7 @@ class RuleStore:
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(revision)
             fresh.replace(directory / link)
-        _sync_directory(directory)
+        sync_directory(directory)
 
     def remove_old(self, profile: Profile) -> None:
         """Keep the newest KEPT revisions, and whatever a link names."""

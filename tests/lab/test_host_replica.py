@@ -107,6 +107,7 @@ def sum_up(ledger: Ledger) -> dict[str, int]:
 
 async def test_the_copy_says_what_the_switch_says(bench: Bench) -> None:
     by_itself, by_copy = await bench.prove_both()
+    assert (by_itself.by_copy, by_copy.by_copy) == (False, True)
     assert sum_up(by_copy) == sum_up(by_itself)
     assert by_copy.inspected > 0
     assert by_copy.violation_count == 0

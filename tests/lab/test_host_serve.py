@@ -14,7 +14,10 @@ import pytest
 from appliance.api.quarantine import QuarantineOrder
 from appliance.doctor_probe import read_switch
 from appliance.hosting.pki import issue
+from appliance.settings import Settings
+from steering.errors import HairpinError
 from steering.parse import render_documents
+from tests.support.damaged_rows import damage_rows
 from tests.support.service import Service, build_settings, open_service
 from tests.support.shortcut_world import OFPORTS, attach_vms, build_policies, tag_legs
 from tests.support.tls_switch import ADDRESS, NAME, TlsSwitch, open_tls_switch, write_files
@@ -35,14 +38,19 @@ def tls() -> Iterator[TlsSwitch]:
 
 
 @pytest.fixture
-async def service(tls: TlsSwitch) -> AsyncIterator[Service]:
+def settings(tls: TlsSwitch) -> Settings:
     files = {"caFile": tls.ours.ca, "certFile": tls.ours.certificate, "keyFile": tls.ours.key}
     switch = {
         "ovsdb": tls.ovsdb,
         "openflow": tls.openflow,
         "tls": {**files, "serverName": NAME},
     }
-    async with open_service(build_settings(tls.switch.directory, switch)) as service:
+    return build_settings(tls.switch.directory, switch)
+
+
+@pytest.fixture
+async def service(settings: Settings) -> AsyncIterator[Service]:
+    async with open_service(settings) as service:
         yield service
 
 
@@ -105,3 +113,50 @@ async def test_health_and_doctor_say_which_certificate_is_wrong(
     )  # fmt: skip
     facts = await asyncio.to_thread(read_switch, other)
     assert "refused us: our certificate" in facts.reason
+
+
+COPY = "UPDATE configuration SET copy = replace(copy, 'vm-', 'vn-')"
+ROWS = (
+    "UPDATE revisions SET documents = replace(documents, 'closed', 'open')",
+    "DELETE FROM quarantines",
+)
+
+
+@pytest.mark.parametrize("mended", [True, False])
+async def test_damage_at_rest_changes_nothing_on_the_switch(
+    tls: TlsSwitch, settings: Settings, *, mended: bool
+) -> None:
+    """Put back where a copy tells what it was, else not used at all; the switch has the same either way."""
+    async with open_service(settings) as service:
+        await put(service)
+        order = QuarantineOrder(vm="vm-1", reason="a test")
+        await service.ask(service.client.add_quarantine, order)
+        before, in_force = dump(tls), await service.ask(service.client.read_policies)
+    assert any("in_port=1 actions=drop" in line for line in before)
+    damage_rows(settings.database, *(ROWS if mended else (*ROWS, COPY)))
+
+    async with open_service(settings, whole=mended) as service:
+
+        async def is_told() -> bool:
+            try:
+                health = await service.ask(service.client.read_health)
+            except HairpinError:
+                return False
+            word = "put back as written" if mended else "nor is the copy of them"
+            return any(word in one.reason and one.mend for one in health.problems)
+
+        await wait_until(is_told, 20.0)
+        if mended:
+            assert (await service.ask(service.client.read_policies)).etag == in_force.etag
+            shut_off = await service.ask(service.client.find_quarantines)
+            assert [one.vm_id for one in shut_off.items] == ["vm-1"]
+        await asyncio.sleep(1.0)  # at the start the switch is compared with what is in force
+        after = dump(tls)
+        assert (sorted(set(before) - set(after)), sorted(set(after) - set(before))) == ([], [])
+
+
+def dump(tls: TlsSwitch) -> list[str]:
+    """But for what lets connections take shortcuts: it comes a moment after the service, and goes with it."""
+    argv = ["ovs-ofctl", "-O", "OpenFlow15", "--no-stats", "dump-flows", tls.switch.target]
+    lines = (line.strip() for line in tls.switch.run(*argv).splitlines()[1:])
+    return sorted(line for line in lines if "actions=learn(" not in line)

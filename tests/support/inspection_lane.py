@@ -32,8 +32,9 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Raw
 
 from appliance.inspection.publish import EngineState, LaneState, read_inspection_state
+from appliance.rules.files import write_note
 from appliance.rules.model import RevisionReport
-from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore, build_revision, write_file
+from appliance.rules.store import CURRENT, LAST_GOOD, RuleStore, build_revision
 from appliance.settings import Settings, parse_settings
 from steering.model import Profile
 from steering.run import run
@@ -159,7 +160,7 @@ class LaneLab:
         (directory / "suricata.rules").write_text(text)
         if loaded is not None:
             report = RevisionReport(profile, revision, 0.0, "", loaded, 0, 0, (), (), 0, {})
-            write_file(directory / "report.json", TypeAdapter(RevisionReport).dump_json(report))
+            write_note(directory / "report.json", TypeAdapter(RevisionReport).dump_json(report))
         former = store.find_linked(profile, CURRENT)
         if former not in (None, revision):
             store.write_link(profile, LAST_GOOD, former)

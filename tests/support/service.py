@@ -55,15 +55,19 @@ def build_settings(directory: Path, switch: Mapping[str, Any]) -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def open_service(settings: Settings) -> AsyncIterator[Service]:
-    """Until the service has found all the VMs; it must not have ended by itself in the end."""
+async def open_service(settings: Settings, *, whole: bool = True) -> AsyncIterator[Service]:
+    """Given once the service has found all the VMs; it must not have ended by itself in the end.
+
+    ``whole`` False: its store is damaged, so that it finds none.
+    """
     settings.run_dir.mkdir(exist_ok=True)
     serving = asyncio.create_task(_serve(settings))
     place = Place(f"http://{ADDRESS}:{settings.api.port}", settings.token_file, "the test")
     try:
         await wait_until(settings.token_file.exists)
         client = Client(place)
-        await wait_until(lambda: _has_vms(client, serving), 20.0)
+        if whole:
+            await wait_until(lambda: _has_vms(client, serving), 20.0)
         yield Service(client, settings)
         assert not serving.done(), serving
     finally:

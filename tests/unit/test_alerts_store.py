@@ -94,6 +94,7 @@ async def test_migrations_are_applied_once(tmp_path: Path) -> None:
         store.close()
     assert applied == [
         "begun_tables",
+        "configuration_tables",
         "first_tables",
         "partition_tables",
         "proof_tables",

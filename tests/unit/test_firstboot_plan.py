@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import ssl
 from dataclasses import replace
 from datetime import timedelta
@@ -21,6 +22,7 @@ from appliance.firstboot.certificates import (
     is_usable,
     judge_pair,
     make_pair,
+    rewrite_certificates,
 )
 from appliance.firstboot.faults import Fault
 from appliance.firstboot.network import Device
@@ -304,6 +306,18 @@ def test_a_new_seed_must_be_valid_now_and_an_accepted_one_is_told_of(days: int, 
     # What is wrong otherwise is wrong at any time.
     broken = change("switch.key", issue("other").key)
     assert "switch.key" in find_faults(broken, accepted=True, now=now)
+
+
+def test_our_own_certificate_is_not_used_with_a_byte_flipped() -> None:
+    whole = OWN.certificate
+    for at in range(len(whole)):
+        if whole[at].isspace():
+            continue
+        text = whole[:at] + chr(ord(whole[at]) ^ 1) + whole[at + 1 :]
+        with contextlib.suppress(ValueError):
+            if rewrite_certificates(text) == whole:
+                continue  # bits of the text that carry nothing
+        assert not is_usable(replace(OWN, certificate=text), "rack-12", "192.0.2.10", AT), at
 
 
 def test_our_own_certificate_is_kept_while_it_fits() -> None:

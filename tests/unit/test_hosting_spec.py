@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +21,7 @@ from appliance.hosting.spec import (
     render_connection,
     render_listener,
 )
-from appliance.hosting.vm import build_seed, check_seed, render_domain, render_seed
+from appliance.hosting.vm import build_seed, check_paths, check_seed, render_domain, render_seed
 from steering.errors import WrongInput
 from tests.support.host_specs import SPEC, TOKEN
 
@@ -145,6 +147,68 @@ def test_the_vm_has_the_taps_that_the_switch_expects() -> None:
     assert seed["lanes"][0]["legC"] == {"interface": "hp-prev-c", "mac": ports[2].mac}
     assert "legC" not in seed["lanes"][1]
     assert seed["canary"]["interface"] == "hp-canary"
+
+
+def render_vm(**changes: object) -> ElementTree.Element:
+    spec = parse_spec(change(vm={**yaml.safe_load(SPEC)["vm"], **changes}))
+    return ElementTree.fromstring(render_domain(spec, build_ports(spec, SECRET)))  # noqa: S314 - our own
+
+
+def test_the_firmware_is_never_one_with_the_keys_of_others() -> None:
+    def find_features(domain: ElementTree.Element) -> dict[str, str]:
+        return {
+            one.attrib["name"]: one.attrib["enabled"]
+            for one in domain.findall("os[@firmware='efi']/firmware/feature")
+        }
+
+    # Left to itself libvirt 9.0 and 11.3 took Debian's with Microsoft's keys: nothing of the image starts there.
+    assert find_features(render_vm()) == {"secure-boot": "yes", "enrolled-keys": "no"}
+    assert find_features(render_vm(secureBoot=False)) == {
+        "secure-boot": "no",
+        "enrolled-keys": "no",
+    }
+
+
+def test_an_emulated_vm_has_a_cpu_that_can_be_emulated() -> None:
+    cpus = {
+        kind: (domain.attrib["type"], domain.find("cpu").attrib["mode"])  # type: ignore[union-attr]
+        for kind in ("kvm", "qemu")
+        for domain in (render_vm(virtType=kind),)
+    }
+    # libvirt: "CPU mode 'host-passthrough' ... is not supported" without KVM.
+    assert cpus == {"kvm": ("kvm", "host-passthrough"), "qemu": ("qemu", "maximum")}
+    assert render_vm().attrib["type"] == "kvm"
+
+
+def test_a_vm_that_is_defined_again_is_the_same_one() -> None:
+    # With another UUID libvirt refuses it: "domain 'hairpin' already exists with uuid ...".
+    first, again = render_vm().findtext("uuid"), render_vm(memoryMiB=8192).findtext("uuid")
+    assert first == again
+    assert first != render_vm(name="other").findtext("uuid")
+    assert uuid.UUID(first).version == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "places"),
+    [
+        ({}, []),
+        ({"vmDirectory": "/srv/hairpin"}, []),
+        ({"vmDirectory": "/etc/hairpin-host"}, ["vmDirectory"]),
+        ({"vmDirectory": "/usr/local/lib/hairpin"}, ["vmDirectory"]),
+        ({"vmDirectory": "/lib64"}, ["vmDirectory"]),
+        ({"vmDirectory": "/etc", "vm": {"image": "/usr/share/hairpin.raw"}}, ["vmDirectory", "vm.image"]),
+    ],
+)  # fmt: skip
+def test_files_that_apparmor_gives_to_no_vm_are_told_before_it_starts(
+    changes: dict[str, Any], places: list[str]
+) -> None:
+    vm = {**yaml.safe_load(SPEC)["vm"], **changes.get("vm", {})}
+    spec = parse_spec(change(**{**changes, "vm": vm}))
+    if not places:
+        return check_paths(spec)
+    with pytest.raises(WrongInput) as told:
+        check_paths(spec)
+    assert [fault.path for fault in told.value.faults] == places
 
 
 def test_the_first_boot_takes_the_seed_that_a_host_is_prepared_with() -> None:

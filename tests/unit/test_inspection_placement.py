@@ -213,6 +213,30 @@ def test_threads_are_read_with_their_names_cores_and_niceness() -> None:
     assert write_group_nice(child.pid, -7) == ""
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/proc/self/autogroup").exists(),
+    reason="only root may, and only where the kernel groups sessions",
+)
+def test_two_sessions_at_once_both_get_their_niceness_without_cap_sys_admin() -> None:
+    """As in the image, where two lanes start together: health said "not placed as it should be" after a boot."""
+    code = (
+        "import subprocess\n"
+        "from appliance.inspection.process import write_group_nice\n"
+        "children = [subprocess.Popen(['sleep', '20'], start_new_session=True) for _ in range(3)]\n"
+        "print([write_group_nice(child.pid, -7) for child in children])\n"
+        "print([open(f'/proc/{child.pid}/autogroup').read().split()[-1] for child in children])\n"
+        "for child in children: child.kill()\n"
+    )
+    done = subprocess.run(
+        ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["['', '', '']", "['-7', '-7', '-7']"]
+
+
 def build_beats(*rows: tuple[tuple[int, int], ...]) -> list[Beat]:
     """A beat a second of a busy engine; each row has (waiting, given back) of queue 0, 1 ..."""
     return [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from appliance.api.shortcuts import ShortcutAccount
@@ -91,6 +93,14 @@ def test_the_ledger_tells_what_its_traces_can_not_show() -> None:
     plain = build_ledger(build_run(), ())
     assert plain is not None
     assert "shortcut" not in _describe_ledger(plain)
+    assert "9 traces of 4 of 4 classes" in _describe_ledger(plain)
+    assert not plain.by_copy
+    run = build_run()
+    assert run.ledger is not None
+    copied = build_ledger(replace(run, ledger=replace(run.ledger, by_copy=True)), ())
+    assert copied is not None
+    assert copied.model_dump(by_alias=True)["byCopy"] is True
+    assert "9 traces in a copy of the switch of 4 of 4 classes" in _describe_ledger(copied)
     untraced = build_ledger(LedgerRun(3, "schedule", None, "no socket"), ACCOUNTS)
     assert untraced is not None
     assert untraced.shortcut_bytes == 80_000

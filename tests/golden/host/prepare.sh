@@ -25,7 +25,7 @@ if [ "$got" != '' ]; then
     refuse '192.0.2.10 is an address of bridge br-int itself: after a restart of the host nothing passes there until the appliance is connected, and it could not connect' 'give the host an address on another network, and name it in host.yaml'
 fi
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-if [ "$got" != hv-1/c457a4cf9cd4 ]; then
+if [ "$got" != hv-1/501308641d14 ]; then
     got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
     if [ "$got" != '' ]; then
         refuse 'bridge br-int is prepared already, by another plan or with other keys' 'name the folder of then by --keys; or `hairpin host restore` with the plan of then, and prepare it anew'
@@ -58,7 +58,7 @@ rm -f /etc/openvswitch/hairpin/ca.pem.new
 (CA certificate)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/openvswitch/hairpin/ca.pem ] || cmp -s /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/openvswitch/hairpin/ca.pem.new; refuse '/etc/openvswitch/hairpin/ca.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+[ ! -e /etc/openvswitch/hairpin/ca.pem ] || cmp -s /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem || [ "$got" = hv-1/501308641d14 ] || { rm -f /etc/openvswitch/hairpin/ca.pem.new; refuse '/etc/openvswitch/hairpin/ca.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chown -h --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/ca.pem.new
 chmod 0644 /etc/openvswitch/hairpin/ca.pem.new
 mv /etc/openvswitch/hairpin/ca.pem.new /etc/openvswitch/hairpin/ca.pem
@@ -68,7 +68,7 @@ rm -f /etc/openvswitch/hairpin/host.pem.new
 (host certificate)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/openvswitch/hairpin/host.pem ] || cmp -s /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/openvswitch/hairpin/host.pem.new; refuse '/etc/openvswitch/hairpin/host.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+[ ! -e /etc/openvswitch/hairpin/host.pem ] || cmp -s /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem || [ "$got" = hv-1/501308641d14 ] || { rm -f /etc/openvswitch/hairpin/host.pem.new; refuse '/etc/openvswitch/hairpin/host.pem is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chown -h --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.pem.new
 chmod 0644 /etc/openvswitch/hairpin/host.pem.new
 mv /etc/openvswitch/hairpin/host.pem.new /etc/openvswitch/hairpin/host.pem
@@ -78,13 +78,13 @@ rm -f /etc/openvswitch/hairpin/host.key.new
 (host key)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/openvswitch/hairpin/host.key ] || cmp -s /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/openvswitch/hairpin/host.key.new; refuse '/etc/openvswitch/hairpin/host.key is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+[ ! -e /etc/openvswitch/hairpin/host.key ] || cmp -s /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key || [ "$got" = hv-1/501308641d14 ] || { rm -f /etc/openvswitch/hairpin/host.key.new; refuse '/etc/openvswitch/hairpin/host.key is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
 chown -h --reference=/etc/openvswitch/conf.db /etc/openvswitch/hairpin/host.key.new
 chmod 0600 /etc/openvswitch/hairpin/host.key.new
 mv /etc/openvswitch/hairpin/host.key.new /etc/openvswitch/hairpin/host.key
-[ -d /etc/hairpin-host ] || { (umask 022; mkdir -p /etc/hairpin-host); }
-rm -f /etc/hairpin-host/hairpin-seed.yaml.new
-(set -C; cat > /etc/hairpin-host/hairpin-seed.yaml.new) <<'END-OF-HAIRPIN-FILE'
+[ -d /var/lib/hairpin-host ] || { (umask 022; mkdir -p /var/lib/hairpin-host); }
+rm -f /var/lib/hairpin-host/hairpin-seed.yaml.new
+(set -C; cat > /var/lib/hairpin-host/hairpin-seed.yaml.new) <<'END-OF-HAIRPIN-FILE'
 # [hairpin-host hv-1]
 hairpin:
   name: hv-1
@@ -135,22 +135,27 @@ hairpin:
       (our key)
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/hairpin-host/hairpin-seed.yaml ] || cmp -s /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/hairpin-host/hairpin-seed.yaml.new; refuse '/etc/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
-chgrp libvirt-qemu /etc/hairpin-host/hairpin-seed.yaml.new
-chmod 0640 /etc/hairpin-host/hairpin-seed.yaml.new
-mv /etc/hairpin-host/hairpin-seed.yaml.new /etc/hairpin-host/hairpin-seed.yaml
-rm -f /etc/hairpin-host/hairpin.xml.new
-(set -C; cat > /etc/hairpin-host/hairpin.xml.new) <<'END-OF-HAIRPIN-FILE'
+[ ! -e /var/lib/hairpin-host/hairpin-seed.yaml ] || cmp -s /var/lib/hairpin-host/hairpin-seed.yaml.new /var/lib/hairpin-host/hairpin-seed.yaml || [ "$got" = hv-1/501308641d14 ] || { rm -f /var/lib/hairpin-host/hairpin-seed.yaml.new; refuse '/var/lib/hairpin-host/hairpin-seed.yaml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+chgrp libvirt-qemu /var/lib/hairpin-host/hairpin-seed.yaml.new
+chmod 0640 /var/lib/hairpin-host/hairpin-seed.yaml.new
+mv /var/lib/hairpin-host/hairpin-seed.yaml.new /var/lib/hairpin-host/hairpin-seed.yaml
+rm -f /var/lib/hairpin-host/hairpin.xml.new
+(set -C; cat > /var/lib/hairpin-host/hairpin.xml.new) <<'END-OF-HAIRPIN-FILE'
 <!-- [hairpin-host hv-1] -->
 <domain type="kvm">
   <name>hairpin</name>
+  <uuid>e162b2c8-1dfc-5879-8c9c-e3327667dbb6</uuid>
   <memory unit="MiB">4096</memory>
   <vcpu>2</vcpu>
   <sysinfo type="fwcfg">
-    <entry name="opt/io.systemd.credentials/hairpin.seed" file="/etc/hairpin-host/hairpin-seed.yaml" />
+    <entry name="opt/io.systemd.credentials/hairpin.seed" file="/var/lib/hairpin-host/hairpin-seed.yaml" />
   </sysinfo>
   <os firmware="efi">
     <type arch="x86_64" machine="q35">hvm</type>
+    <firmware>
+      <feature enabled="yes" name="secure-boot" />
+      <feature enabled="no" name="enrolled-keys" />
+    </firmware>
   </os>
   <features>
     <acpi />
@@ -217,17 +222,17 @@ rm -f /etc/hairpin-host/hairpin.xml.new
 </domain>
 END-OF-HAIRPIN-FILE
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-[ ! -e /etc/hairpin-host/hairpin.xml ] || cmp -s /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml || [ "$got" = hv-1/c457a4cf9cd4 ] || { rm -f /etc/hairpin-host/hairpin.xml.new; refuse '/etc/hairpin-host/hairpin.xml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
-chmod 0600 /etc/hairpin-host/hairpin.xml.new
-mv /etc/hairpin-host/hairpin.xml.new /etc/hairpin-host/hairpin.xml
+[ ! -e /var/lib/hairpin-host/hairpin.xml ] || cmp -s /var/lib/hairpin-host/hairpin.xml.new /var/lib/hairpin-host/hairpin.xml || [ "$got" = hv-1/501308641d14 ] || { rm -f /var/lib/hairpin-host/hairpin.xml.new; refuse '/var/lib/hairpin-host/hairpin.xml is there already, with other contents' 'move it away, or run `hairpin host restore` if it is of an earlier plan'; }
+chmod 0600 /var/lib/hairpin-host/hairpin.xml.new
+mv /var/lib/hairpin-host/hairpin.xml.new /var/lib/hairpin-host/hairpin.xml
 got=$(look 1 ovs-vsctl --timeout=15 --if-exists get Bridge br-int external_ids:hairpin-host)
-if [ "$got" = hv-1/c457a4cf9cd4 ]; then
+if [ "$got" = hv-1/501308641d14 ]; then
     echo 'the switch is prepared already'
 else
     echo 'the ports come to life with the VM; that Open vSwitch can'"'"'t open them yet is right'
     got=$(look 1 ovs-vsctl --timeout=15 get-fail-mode br-int)
     if [ "$got" = secure ]; then
-        ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/c457a4cf9cd4"' > /dev/null
+        ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/501308641d14"' > /dev/null
     else
         got=$(look '/actions=/ && $0 !~ /^ *priority=0 actions=NORMAL *$/ {print; exit}' ovs-ofctl -O OpenFlow15 --timeout=15 --no-stats dump-flows br-int)
         if [ "$got" != '' ]; then
@@ -239,10 +244,10 @@ else
         fi
         got=$(look 1 ovs-vsctl --timeout=15 get-fail-mode br-int)
         if [ "$got" = standalone ]; then
-            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/c457a4cf9cd4"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=standalone > /dev/null
+            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/501308641d14"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=standalone > /dev/null
             ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
         else
-            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/c457a4cf9cd4"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=unset > /dev/null
+            ovs-vsctl --timeout=15 add-port br-int hp-prev-a tag=3901 -- set Port hp-prev-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-a ofport_request=65000 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-b tag=3901 -- set Port hp-prev-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-b ofport_request=65001 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:cb:dd:ac:9b:0a"' 'bfd:bfd_remote_dst_mac="02:cb:dd:ac:9b:0a"' -- add-port br-int hp-prev-c tag=3901 -- set Port hp-prev-c protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-prev-c ofport_request=65002 mtu_request=1504 -- add-port br-int hp-det-a tag=3902 -- set Port hp-det-a protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-a ofport_request=65004 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-det-b tag=3902 -- set Port hp-det-b protected=true 'external_ids:hairpin-host="hv-1"' -- set Interface hp-det-b ofport_request=65005 mtu_request=1504 bfd:enable=true bfd:min_rx=50 bfd:min_tx=50 'bfd:bfd_local_dst_mac="02:c0:37:99:99:99"' 'bfd:bfd_remote_dst_mac="02:c0:37:99:99:99"' -- add-port br-int hp-canary tag=3901 -- set Port hp-canary 'external_ids:hairpin-host="hv-1"' -- set Interface hp-canary ofport_request=65008 mtu_request=1504 -- --id=@ssl create SSL 'ca_cert="/etc/openvswitch/hairpin/ca.pem"' 'certificate="/etc/openvswitch/hairpin/host.pem"' 'private_key="/etc/openvswitch/hairpin/host.key"' 'external_ids:hairpin-host="hv-1"' -- set Open_vSwitch . ssl=@ssl -- --id=@manager create Manager 'target="pssl:6640:192.0.2.10"' 'external_ids:hairpin-host="hv-1"' -- add Open_vSwitch . manager_options @manager -- --id=@controller create Controller 'target="pssl:6653:192.0.2.10"' connection_mode=out-of-band 'external_ids:hairpin-host="hv-1"' -- add Bridge br-int controller @controller -- set Bridge br-int 'external_ids:hairpin-host="hv-1/501308641d14"' -- set Bridge br-int fail_mode=secure external_ids:hairpin-former-fail-mode=unset > /dev/null
             ovs-ofctl -O OpenFlow15 --timeout=15 add-flow br-int cookie=0x686f737400,priority=0,actions=NORMAL > /dev/null
         fi
     fi
@@ -265,5 +270,5 @@ until [ -n "$got" ]; do
     sleep 0.2
     got=$(look '$4 ~ /:6653$/ {print; exit}' ss -Hltn)
 done
-echo 'next: virsh define /etc/hairpin-host/hairpin.xml && virsh start hairpin'
+echo 'next: virsh define /var/lib/hairpin-host/hairpin.xml && virsh start hairpin'
 echo 'prepared: OVSDB at pssl:6640:192.0.2.10, OpenFlow at pssl:6653:192.0.2.10'

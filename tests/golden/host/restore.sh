@@ -66,10 +66,10 @@ drop /etc/openvswitch/hairpin/host.key '[hairpin-host hv-1]'
 [ -s /etc/openvswitch/hairpin/host.key.new ] || rm -f /etc/openvswitch/hairpin/host.key.new
 drop /etc/openvswitch/hairpin/host.key.new '[hairpin-host hv-1]'
 [ ! -d /etc/openvswitch/hairpin ] || rmdir --ignore-fail-on-non-empty /etc/openvswitch/hairpin
-drop /etc/hairpin-host/hairpin-seed.yaml '[hairpin-host hv-1]'
-[ -s /etc/hairpin-host/hairpin-seed.yaml.new ] || rm -f /etc/hairpin-host/hairpin-seed.yaml.new
-drop /etc/hairpin-host/hairpin-seed.yaml.new '[hairpin-host hv-1]'
-drop /etc/hairpin-host/hairpin.xml '[hairpin-host hv-1]'
-[ -s /etc/hairpin-host/hairpin.xml.new ] || rm -f /etc/hairpin-host/hairpin.xml.new
-drop /etc/hairpin-host/hairpin.xml.new '[hairpin-host hv-1]'
-[ ! -d /etc/hairpin-host ] || rmdir --ignore-fail-on-non-empty /etc/hairpin-host
+drop /var/lib/hairpin-host/hairpin-seed.yaml '[hairpin-host hv-1]'
+[ -s /var/lib/hairpin-host/hairpin-seed.yaml.new ] || rm -f /var/lib/hairpin-host/hairpin-seed.yaml.new
+drop /var/lib/hairpin-host/hairpin-seed.yaml.new '[hairpin-host hv-1]'
+drop /var/lib/hairpin-host/hairpin.xml '[hairpin-host hv-1]'
+[ -s /var/lib/hairpin-host/hairpin.xml.new ] || rm -f /var/lib/hairpin-host/hairpin.xml.new
+drop /var/lib/hairpin-host/hairpin.xml.new '[hairpin-host hv-1]'
+[ ! -d /var/lib/hairpin-host ] || rmdir --ignore-fail-on-non-empty /var/lib/hairpin-host

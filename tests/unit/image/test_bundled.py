@@ -202,6 +202,15 @@ def test_a_lost_note_of_what_was_used_lets_no_older_bundle_in(appliance: Applian
     assert report.rules == 1
 
 
+def test_a_flipped_digit_of_what_was_used_keeps_no_bundle_out(appliance: Appliance) -> None:
+    """A higher one refused all that there was, and left the starter rules."""
+    appliance.write(100)
+    assert read_bundle_again(appliance).fault == ""
+    note = appliance.directory / "sources" / "hairpin-bundle" / "seen.json"
+    note.write_bytes(note.read_bytes().replace(b'"serial":100', b'"serial":900'))
+    assert read_bundle_again(appliance).fault == ""
+
+
 def test_an_older_copy_is_not_used_in_place_of_the_newest(appliance: Appliance) -> None:
     kept = appliance.directory / "sources" / "hairpin-bundle" / "bundle"
     appliance.write(99)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 from dataclasses import replace
@@ -18,6 +20,7 @@ from appliance.cli import run_cli
 from appliance.image import bootcheck, update
 from appliance.image.bootcheck import judge_faults, judge_lanes, judge_proofs, wait_until_good
 from appliance.image.disk import open_device_to_read
+from appliance.image.fat import read_tree
 from appliance.image.gpt import Partition, read_table
 from appliance.image.model import Damaged, ImageError
 from appliance.image.signing import NotTrusted, read_certificates
@@ -28,8 +31,10 @@ from appliance.image.update import (
     check_release,
     check_written,
     find_parts,
+    forget_cached,
     name_for_sysupdate,
     stage,
+    withdraw,
 )
 from appliance.image.verify import Wanted, verify_image
 from steering.errors import HairpinError, WrongInput
@@ -223,7 +228,7 @@ def test_parts_that_are_not_what_was_signed_do_not_stay(image: Image, tmp_path: 
     ],
 )  # fmt: skip
 def test_only_a_newer_version_is_taken(version: str, running: str, newer: bool) -> None:
-    one = Release(version, "0" * 64, "", {})
+    one = Release(version, "0" * 64, "", {}, "0" * 64)
     if newer:
         check_newer(one, running)
         return
@@ -308,12 +313,16 @@ def test_sysupdate_writes_the_release_beside_the_running_one(
     name_for_sysupdate(found)
     kernels = update_disk(tree, tmp_path, disk, found, "0.1.0")
     assert [one.name for one in kernels.iterdir()] == ["hairpin_0.2.0+3-0.efi"]
-    with open_device_to_read(disk) as opened:
-        check_written(opened, found, image.trusted, quiet)
     # Its kernel belongs on the boot partition: then the whole disk is as signed, with both versions.
+    with (
+        open_device_to_read(disk) as opened,
+        pytest.raises(ImageError, match="the new kernel is 0 times"),
+    ):
+        check_written(opened, found, image.trusted, quiet)
     at = f"{disk}@@{image.partition('esp').offset}"
     run("mcopy", "-i", at, kernels / "hairpin_0.2.0+3-0.efi", "::/EFI/Linux/")
     with open_device_to_read(disk) as opened:
+        check_written(opened, found, image.trusted, quiet)
         verdict = verify_image(opened, Wanted(image.trusted, image.manifest, ran=True), quiet)
     assert [one for one in verdict.findings if not one.good] == []
     assert set(verdict.versions) == {"0.1.0", "0.2.0"}
@@ -324,6 +333,7 @@ def test_sysupdate_writes_the_release_beside_the_running_one(
     again = check_release(find_parts(tmp_path / "staging"), image.trusted, quiet)
     name_for_sysupdate(again)
     update_disk(tree, tmp_path, disk, again, "0.2.0")
+    run("mcopy", "-i", at, kernels / "hairpin_0.3.0+3-0.efi", "::/EFI/Linux/")
     with open_device_to_read(disk) as opened:
         check_written(opened, found, image.trusted, quiet)
         check_written(opened, again, image.trusted, quiet)
@@ -338,7 +348,14 @@ def test_what_was_written_badly_is_told(
         pytest.raises(ImageError, match="the new root is not there"),
     ):
         check_written(opened, found, image.trusted, quiet)
-    old = replace(found, version="0.1.0", root_hash=image.root.root_hash)
+    old = replace(
+        found,
+        version="0.1.0",
+        root_hash=image.root.root_hash,
+        kernel_sha256=hashlib.sha256(image.root.kernel.read_bytes()).hexdigest(),
+    )
+    with open_device_to_read(image.disk) as opened:
+        check_written(opened, old, image.trusted, quiet)
     root = image.partition("hairpin_0.1.0")
     with (
         flipped(image.disk, root.offset + 4096 * 9),
@@ -346,6 +363,33 @@ def test_what_was_written_badly_is_told(
         pytest.raises(ImageError, match="not written well: block 9"),
     ):
         check_written(opened, old, image.trusted, quiet)
+    with open_device_to_read(image.disk) as opened:
+        esp = image.partition("esp")
+        kernel = next(one for one in read_tree(esp.of(opened)).files if "hairpin" in one.path)
+    start = esp.offset + kernel.data_at
+    places = [start + (one - 2) * kernel.cluster_size for one in kernel.clusters]
+    # First and last byte, and those between: the padding behind its signature counts as well.
+    last = places[-1] + (kernel.size - 1) % kernel.cluster_size
+    for at in (places[0], *random.Random(1).sample(places, 20), last):
+        with (
+            flipped(image.disk, at),
+            open_device_to_read(image.disk) as opened,
+            pytest.raises(ImageError, match="the new kernel was not written well") as caught,
+        ):
+            check_written(opened, old, image.trusted, quiet)
+        assert "update again" in caught.value.mend
+
+
+def test_a_version_that_was_not_written_well_is_not_tried(tmp_path: Path) -> None:
+    names = ("hairpin_0.2.0+3-0.efi", "hairpin_0.2.0.efi", "hairpin_0.2.0+2.efi")
+    others = ("hairpin_0.1.0.efi", "hairpin_0.2.0.1+3.efi", "loader.efi")
+    for name in (*names, *others):
+        (tmp_path / name).touch()
+    withdraw("0.2.0", [tmp_path, tmp_path / "none"])
+    assert {one.name for one in tmp_path.iterdir()} == set(others)
+    forget_cached(tmp_path / others[0])
+    with pytest.raises(ImageError, match="No such file"):
+        forget_cached(tmp_path / "none")
 
 
 # The check after a boot

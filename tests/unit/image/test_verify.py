@@ -14,7 +14,8 @@ from appliance.cli import run_cli
 from appliance.image.disk import open_device_to_read
 from appliance.image.fat import read_tree
 from appliance.image.gpt import Partition, read_table
-from appliance.image.model import SECTOR
+from appliance.image.minimum import Minimum, require_minimum
+from appliance.image.model import SECTOR, Kernel, Status, Verdict
 from appliance.image.signing import read_certificates
 from appliance.image.verify import Wanted, strip_tries, verify_image
 from tests.support.disk_images import (
@@ -344,3 +345,71 @@ def test_what_is_no_image_is_told(tmp_path: Path, image: Image) -> None:
         argv = ["image", "verify", str(path), "--certificate", str(image.keys.certificate)]
         assert run_cli(argv) == 1
     assert run_cli(["image", "verify", str(tmp_path / "none"), *argv[3:]]) == 2
+
+
+def test_what_was_not_compared_is_said(image: Image, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["image", "verify", str(image.disk), "--certificate", str(image.keys.certificate)]
+    assert run_cli([*argv, "--manifest", str(image.manifest_file)]) == 0
+    assert [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("not compared")
+    ] == ["not compared: how old the rules are: no bundle (--minimum-serial)"]
+    assert run_cli([*argv, "--ran", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["notCompared"] == [
+        "how old the version is: 0.1.0 (--minimum-version)",
+        "how old the rules are: no bundle (--minimum-serial)",
+        "whether signed programs are those of this image (--manifest)",
+        "what an appliance writes: /var, unused space, labels, counts of tries (without --ran)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "told"),
+    [
+        (["--minimum-version", "0.1.0"], 0, []),
+        (["--minimum-version", "0.0.9"], 0, []),
+        (["--minimum-version", "0.1.1"], 1, [(KERNEL, "version 0.1.0 can boot, 0.1.1 is wanted")]),
+        (["--minimum-version", "0.10.0"], 1, [(KERNEL, "version 0.1.0 can boot, 0.10.0 is wanted")]),
+        (["--minimum-serial", "1"], 1, [("rules", "no bundle that can be used, serial 1 is wanted")]),
+    ],
+)  # fmt: skip
+def test_an_older_version_than_the_wanted_one_is_a_difference(
+    image: Image,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    status: int,
+    told: list[tuple[str, str]],
+) -> None:
+    argv = ["image", "verify", str(image.disk), "--certificate", str(image.keys.certificate)]
+    argv += ["--ran", "--manifest", str(image.manifest_file), "--json", *options]
+    assert run_cli(argv) == status
+    report = json.loads(capsys.readouterr().out)
+    older = [one for one in report["findings"] if one["status"] == "older"]
+    assert [(one["place"], one["detail"]) for one in older] == told
+    assert report["good"] is (status == 0)
+    signature = next(one for one in report["findings"] if one["place"] == "root A signature")
+    assert signature["detail"].startswith("version 0.1.0, root hash")
+
+
+def test_each_kernel_and_each_copy_of_the_rules_may_be_too_old() -> None:
+    kernels = (Kernel("/a", "0.1.0", "x"), Kernel("/b", "0.2.0", "y"), Kernel("/c", "", "z"))
+    verdict = Verdict((), kernels, (7, 9))
+    # Never asked about what is no version: it may come from a file.
+    found = require_minimum(
+        verdict, Minimum("0.2.0", 8), lambda one, other: (one > other) - (one < other)
+    )
+    assert [(one.place, one.status) for one in found.findings] == [
+        ("esp /a", Status.OLDER), ("esp /c", Status.OLDER), ("rules", Status.OLDER),
+    ]  # fmt: skip
+    assert not found.good
+    assert require_minimum(verdict, Minimum(), compare_nothing) == verdict
+
+
+def compare_nothing(one: str, other: str) -> int:
+    raise AssertionError("not asked for")
+
+
+def test_a_version_is_given_as_one(image: Image, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["image", "verify", str(image.disk), "--certificate", str(image.keys.certificate)]
+    assert run_cli([*argv, "--minimum-version", "--root"]) == 2
+    assert run_cli([*argv, "--minimum-version", "latest"]) == 2
+    assert "'latest' is no version" in capsys.readouterr().err
