@@ -63,6 +63,11 @@ check_options() {
     esac
 }
 
+# The environment of setup.sh, whose directory this runs in: needed last, to sign the manifest.
+check_program() {
+    [ -x "$VENV/bin/hairpin" ] || fail "there is no $VENV/bin/hairpin, which signs the manifest" "make setup"
+}
+
 # OUT is mounted over the same path of the tools tree, which must not lose what it runs on.
 check_out() {
     case $OUT/ in
@@ -187,7 +192,7 @@ write_outputs() {
         bash "$MAKING" "$name" "$VERSION" "$COMMIT" "$EPOCH" "$HERE/sbom.jq" ||
         fail "the outputs can't be written" "see what was said above; is the disk full?"
     say "signing the manifest of every byte"
-    "$ROOT/${VENV:-.venv}/bin/hairpin" image sign "$MAKING/$name.raw" --key "$KEY" --certificate "$CERT" ||
+    "$VENV/bin/hairpin" image sign "$MAKING/$name.raw" --key "$KEY" --certificate "$CERT" ||
         fail "the image can't be signed" "see what was said above"
     (cd "$MAKING" && sha256sum "$name".{raw,qcow2,efi,manifest,raw.manifest,cdx.json} >SHA256SUMS)
     publish_outputs "$name"
@@ -215,6 +220,7 @@ main_build() {
     [ "$(id -u)" = 0 ] || fail "an image is built by root" "sudo make image"
     VERSION=${VERSION:-$(sed -n 's/^version = "\(.*\)"$/\1/p' "$ROOT/pyproject.toml")}
     check_options
+    check_program
     exec 8>"/run/hairpin-image.lock"
     if ! flock -n 8; then
         say "another image is being built; waiting for its end, half an hour at most"

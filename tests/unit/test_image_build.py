@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,30 @@ def test_an_option_that_can_not_be_is_refused(given: dict[str, str], reason: str
     assert done.returncode == 1
     assert reason in done.stderr
     assert "to mend it: " in done.stderr
+
+
+def test_what_signs_is_looked_for_first_wherever_the_environment_is(tmp_path: Path) -> None:
+    assert run_shell("check_program", VENV=sys.prefix).returncode == 0
+    done = run_shell("check_program", VENV=str(tmp_path))
+    assert done.returncode == 1
+    assert f"there is no {tmp_path}/bin/hairpin" in done.stderr
+    assert "to mend it: make setup" in done.stderr
+
+
+def test_who_waits_for_another_set_up_says_so(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    script = f'exec 9>"{lock}"; wait_for_set_up; echo has it'
+    assert run_shell(script).stdout == "has it\n"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = subprocess.Popen(
+            ["bash", "-euc", f'source "{BUILD}/setup.sh"\n{script}'],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline().startswith("setup: another set-up is running; waiting")
+    assert waiting.communicate(timeout=20)[0] == "has it\n"
 
 
 def test_no_is_no() -> None:
