@@ -79,8 +79,10 @@ Suricata = Annotated[
     Path, typer.Option("--suricata", metavar="PROGRAM", help="What the rules are tried with.")
 ]
 
+REPLACED_OTHER = (
+    "a bundle by another key was there: an appliance that trusts that one alone does not use this"
+)
 AGE_NOTED_DAYS = 30
-"""In the root of an image: whose versions and rules it takes."""
 
 
 def _note(text: str) -> None:
@@ -243,6 +245,14 @@ def refresh(
         ),
     ] = None,
     suricata: Suricata = Path("/usr/bin/suricata"),
+    other_signer: Annotated[
+        bool,
+        typer.Option(
+            "--other-signer",
+            help="Also by a key that signed neither the image's root nor its present rules: "
+            "the appliance must have its certificate in `rules.bundle.certificate`.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Put new rules into an image that does not run: tried by Suricata, signed, written twice, read back."""
@@ -253,22 +263,20 @@ def refresh(
 
     pair = read_pair(key, certificate)
     given = work.read_rules(rules)
-    with tempfile.TemporaryDirectory(prefix="hairpin-rules-") as scratch:
-        tried = asyncio.run(
-            work.try_rules(given, find_engine_data(), suricata, Path(scratch), _note)
-        )
-    now = time.time()
     with open_to_write(file) as disk:
-        partition = work.find_rules_partition(disk)
-        before = work.read_before(partition.of(disk), pair[1])
-        least = work.choose_serial(before, now)
-        if serial is not None and before and serial <= before.bundle.header.serial:
-            reason = f"the image has {before.bundle.header.serial} already, and it only grows"
-            raise WrongInput([FieldError("--serial", reason)])
-        _, encoded = work.sign_bundle(tried, pair[0], pair[1], serial or least, now)
+        # Before the trial, which takes half a minute; and after it, since nobody holds a qcow2 meanwhile.
+        work.check_target(disk, pair[1], serial, time.time(), other_signer=other_signer)
+        with tempfile.TemporaryDirectory(prefix="hairpin-rules-") as scratch:
+            tried = asyncio.run(
+                work.try_rules(given, find_engine_data(), suricata, Path(scratch), _note)
+            )
+        now = time.time()
+        target = work.check_target(disk, pair[1], serial, now, other_signer=other_signer)
+        _, encoded = work.sign_bundle(tried, pair[0], pair[1], target.serial, now)
         _note("writing the rules")
-        written = work.write_bundle(disk, partition, encoded, pair[1])
-    report = _build_bundle_report(written, (), now).model_copy(
+        written = work.write_bundle(disk, target.partition, encoded, pair[1])
+    faults = (REPLACED_OTHER,) if target.replaces_other else ()
+    report = _build_bundle_report(written, faults, now).model_copy(
         update={"loaded": dict(tried.loaded), "left_out": tried.left_out_count}
     )
     if json:
