@@ -131,7 +131,8 @@ async def try_rules(
         )
     packed = work / "bundle.tar.gz"
     packed.write_bytes(payload)
-    pipeline = RulePipeline(build_trial_settings(work, packed), engine_data, None, suricata)
+    settings = build_trial_settings(work, packed)
+    pipeline = RulePipeline(settings, engine_data, None, suricata, trial=True)
     report: UpdateReport = await pipeline.update(progress)
     left_out = [one for profile in report.profiles for one in profile.left_out]
     for profile in report.profiles:

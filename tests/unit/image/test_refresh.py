@@ -79,7 +79,11 @@ def test_a_refreshed_image_is_as_it_was_signed(
         "alert nonsense any (sid:3;)",
         rule(4, "http.uri;"),
     )
-    assert refresh_command(image, disk, feed, "--json") == 0
+    assert refresh_command(image, disk, feed) == 0
+    noted = capsys.readouterr().err
+    assert "passed its trial" in noted
+    assert "in force" not in noted  # of no engine
+    assert refresh_command(image, disk, feed, "--json", "--serial", str(2**50)) == 0
     told = json.loads(capsys.readouterr().out)
     # Suricata itself finds that the last two can't be: the first two and the starter rules load.
     assert told["rules"] == 4
@@ -237,6 +241,16 @@ def test_the_image_is_looked_at_before_the_rules_are_tried(
     with open_to_write(disk):
         assert sign_by(image.keys, image, disk, tmp_path, *none) == 1
         assert "a virtual machine runs on" in capsys.readouterr().err
+
+
+def test_what_is_no_suricata_is_told_with_a_mend(
+    image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for program in ("/bin/false", "/bin/true", str(tmp_path / "none")):
+        assert sign_by(image.keys, image, disk, tmp_path, "--suricata", program) == 1
+        said = capsys.readouterr().err
+        assert program in said
+        assert "--suricata" in said.partition("what to do:")[2]
 
 
 class Torn:
