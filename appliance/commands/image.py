@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json as jsonlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +34,7 @@ from appliance.commands.output import (
     print_table,
     render_time,
 )
+from appliance.commands.targets import make_empty, open_new
 from appliance.paths import BOOT_REPORT, IMAGE_CERTIFICATE
 from steering.errors import FieldError, HairpinError, WrongInput
 
@@ -198,48 +197,13 @@ def sign(
 
     pair = read_pair(key, certificate)
     target = output or file.with_name(f"{file.name}.manifest")
-    with _open_new(target, file) as put, open_to_read(file, _note) as disk:
+    with open_new(target, file) as put, open_to_read(file, _note) as disk:
         sealed, manifest = build_from(disk, pair[0], pair[1], time.time(), _note)
         put(sealed)
     report = SignReport(manifest=str(target), version=manifest.version, files=len(manifest.files))
     if json:
         return print_json(report)
     print_line(f"{target}: version {report.version}, {report.files} files of the boot partition")
-
-
-@contextlib.contextmanager
-def _open_new(path: Path, image: Path) -> Iterator[Callable[[bytes], None]]:
-    """What puts data at ``path``, at once and whole. Nothing stays where that, or the work before it, fails.
-
-    Opened before ``image`` is measured, which may take minutes. Raises WrongInput where nothing can be written there.
-    """
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        if path.is_dir():
-            raise WrongInput([FieldError(str(path), "a directory")], "name a file by --output")
-        if path.exists() and image.exists() and path.samefile(image):
-            raise WrongInput([FieldError(str(path), "the image")], "name another file by --output")
-        opened = open(fresh, "wb", buffering=0)  # noqa: SIM115 - closed below, with its faults
-    except OSError as fault:
-        raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
-
-    def put(data: bytes) -> None:
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[opened.write(view) :]
-            opened.close()
-            fresh.replace(path)
-        except OSError as fault:
-            reason = f"{path} can't be written: {fault.strerror or fault}"
-            raise HairpinError(reason, "make room, or name another file by --output") from fault
-
-    try:
-        yield put
-    finally:
-        with contextlib.suppress(OSError):
-            opened.close()
-        fresh.unlink(missing_ok=True)
 
 
 def _read_manifest(path: Path, trusted: tuple[X509, ...]) -> Manifest:
@@ -382,7 +346,7 @@ def extract(
     from appliance.image.update import extract_checked
 
     trusted = _read_trusted(certificate)
-    _make_empty(output)
+    make_empty(output)
     try:
         with open_to_read(file, _note) as disk:
             release = extract_checked(disk, output, trusted, _note)
@@ -390,20 +354,6 @@ def extract(
         reason = f"{fault.filename or output}: {fault.strerror or fault}"
         raise HairpinError(reason, "mend it, or name another directory by --output") from fault
     _print_release(release, json, written=False, text=f"version {release.version} in {output}")
-
-
-def _make_empty(directory: Path) -> None:
-    """Raises WrongInput for a directory in which something is, before anything is written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        first = next(directory.iterdir(), None)
-    except FileExistsError as fault:
-        raise WrongInput([FieldError(str(directory), "no directory")]) from fault
-    except OSError as fault:
-        raise WrongInput([FieldError(str(directory), fault.strerror or str(fault))]) from fault
-    if first is not None:
-        reason = f"not empty: {first.name} is in it"
-        raise WrongInput([FieldError(str(directory), reason)], "name another directory by --output")
 
 
 def _print_release(release: Release, json: bool, *, written: bool, text: str) -> None:
