@@ -13,7 +13,7 @@ import typer
 
 from appliance.commands.output import clean, print_line, print_note
 from appliance.version import find_version
-from steering.errors import HairpinError
+from steering.errors import FieldError, HairpinError, WrongInput
 
 Root = Annotated[
     Path,
@@ -40,6 +40,9 @@ def run(
     from appliance.logs import configure_logs
 
     configure_logs()
+    if not root.is_dir():
+        # It would be made, with the appliance's secrets in it.
+        raise WrongInput([FieldError("--root", f"{root} is no directory")])
     places = find_places(root, os.environ)
     if serve_faults:
         from appliance.firstboot.document import DEFAULT_PORT

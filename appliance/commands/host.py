@@ -32,6 +32,10 @@ Apply = Annotated[
 ]
 
 
+SPEC_LIMIT = 512 * 1024
+"""Bytes of host.yaml that are read, as of a seed."""
+
+
 class HostReport(ApiDocument):
     """What `hairpin host ... --json` prints. ``done`` is empty where the script was only printed.
 
@@ -92,7 +96,11 @@ def _read_spec(path: Path) -> HostSpec:
     from appliance.hosting.spec import parse_spec
 
     try:
-        return parse_spec(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as opened:
+            data = opened.read(SPEC_LIMIT + 1)
+        if len(data) > SPEC_LIMIT:
+            raise WrongInput([FieldError(str(path), f"longer than {SPEC_LIMIT} bytes")])
+        return parse_spec(data.decode())
     except OSError as fault:
         raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
     except UnicodeDecodeError as fault:

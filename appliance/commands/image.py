@@ -34,6 +34,7 @@ from appliance.commands.output import (
     print_table,
     render_time,
 )
+from appliance.commands.targets import make_empty, open_new
 from appliance.paths import BOOT_REPORT, IMAGE_CERTIFICATE
 from steering.errors import FieldError, HairpinError, WrongInput
 
@@ -79,8 +80,10 @@ Suricata = Annotated[
     Path, typer.Option("--suricata", metavar="PROGRAM", help="What the rules are tried with.")
 ]
 
+REPLACED_OTHER = (
+    "a bundle by another key was there: an appliance that trusts that one alone does not use this"
+)
 AGE_NOTED_DAYS = 30
-"""In the root of an image: whose versions and rules it takes."""
 
 
 def _note(text: str) -> None:
@@ -194,33 +197,28 @@ def sign(
 
     pair = read_pair(key, certificate)
     target = output or file.with_name(f"{file.name}.manifest")
-    with open_to_read(file, _note) as disk:
+    with open_new(target, file) as put, open_to_read(file, _note) as disk:
         sealed, manifest = build_from(disk, pair[0], pair[1], time.time(), _note)
-    _write_new(target, sealed)
+        put(sealed)
     report = SignReport(manifest=str(target), version=manifest.version, files=len(manifest.files))
     if json:
         return print_json(report)
     print_line(f"{target}: version {report.version}, {report.files} files of the boot partition")
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        fresh.write_bytes(data)
-        fresh.replace(path)
-    except OSError as fault:
-        raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
-
-
 def _read_manifest(path: Path, trusted: tuple[X509, ...]) -> Manifest:
     from appliance.image.manifest import MANIFEST_LIMIT, open_manifest
+    from appliance.image.model import Damaged
 
     try:
         with open(path, "rb") as opened:
             data = opened.read(MANIFEST_LIMIT + 1)
     except OSError as fault:
         raise WrongInput([FieldError(str(path), fault.strerror or str(fault))]) from fault
-    return open_manifest(data, trusted)[0]
+    try:
+        return open_manifest(data, trusted)[0]
+    except Damaged as fault:
+        raise WrongInput([FieldError(str(path), fault.reason)], fault.mend) from fault
 
 
 @app.command("refresh")
@@ -243,6 +241,14 @@ def refresh(
         ),
     ] = None,
     suricata: Suricata = Path("/usr/bin/suricata"),
+    other_signer: Annotated[
+        bool,
+        typer.Option(
+            "--other-signer",
+            help="Also by a key that signed neither the image's root nor its present rules: "
+            "the appliance must have its certificate in `rules.bundle.certificate`.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Put new rules into an image that does not run: tried by Suricata, signed, written twice, read back."""
@@ -253,22 +259,20 @@ def refresh(
 
     pair = read_pair(key, certificate)
     given = work.read_rules(rules)
-    with tempfile.TemporaryDirectory(prefix="hairpin-rules-") as scratch:
-        tried = asyncio.run(
-            work.try_rules(given, find_engine_data(), suricata, Path(scratch), _note)
-        )
-    now = time.time()
     with open_to_write(file) as disk:
-        partition = work.find_rules_partition(disk)
-        before = work.read_before(partition.of(disk), pair[1])
-        least = work.choose_serial(before, now)
-        if serial is not None and before and serial <= before.bundle.header.serial:
-            reason = f"the image has {before.bundle.header.serial} already, and it only grows"
-            raise WrongInput([FieldError("--serial", reason)])
-        _, encoded = work.sign_bundle(tried, pair[0], pair[1], serial or least, now)
+        # Before the trial, which takes half a minute; and after it, since nobody holds a qcow2 meanwhile.
+        work.check_target(disk, pair[1], serial, time.time(), other_signer=other_signer)
+        with tempfile.TemporaryDirectory(prefix="hairpin-rules-") as scratch:
+            tried = asyncio.run(
+                work.try_rules(given, find_engine_data(), suricata, Path(scratch), _note)
+            )
+        now = time.time()
+        target = work.check_target(disk, pair[1], serial, now, other_signer=other_signer)
+        _, encoded = work.sign_bundle(tried, pair[0], pair[1], target.serial, now)
         _note("writing the rules")
-        written = work.write_bundle(disk, partition, encoded, pair[1])
-    report = _build_bundle_report(written, (), now).model_copy(
+        written = work.write_bundle(disk, target.partition, encoded, pair[1])
+    faults = (REPLACED_OTHER,) if target.replaces_other else ()
+    report = _build_bundle_report(written, faults, now).model_copy(
         update={"loaded": dict(tried.loaded), "left_out": tried.left_out_count}
     )
     if json:
@@ -342,12 +346,13 @@ def extract(
     from appliance.image.update import extract_checked
 
     trusted = _read_trusted(certificate)
+    make_empty(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         with open_to_read(file, _note) as disk:
             release = extract_checked(disk, output, trusted, _note)
     except OSError as fault:
-        raise WrongInput([FieldError(str(output), fault.strerror or str(fault))]) from fault
+        reason = f"{fault.filename or output}: {fault.strerror or fault}"
+        raise HairpinError(reason, "mend it, or name another directory by --output") from fault
     _print_release(release, json, written=False, text=f"version {release.version} in {output}")
 
 

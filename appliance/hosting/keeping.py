@@ -5,13 +5,14 @@ It is made once and read ever after, so that the same spec gives the same plan. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from appliance.hosting.pki import Issued, Pki, find_fault, issue, renew
+from appliance.hosting.pki import Issued, Pki, find_fault, find_other_host, issue, renew
 from appliance.hosting.spec import HostSpec
 from steering.errors import HairpinError
 
@@ -110,6 +111,7 @@ def _keep_pki(spec: HostSpec, folder: Path, now: float, *, renewed: bool) -> tup
             f"put it back, or remove *.pem and *.key in {folder} to issue all anew",
         )
     have = Pki(*(Issued(one.read_text(), key.read_text()) for one, key in files.values()))
+    _refuse_other_host(spec, folder, have.ca)
     if renewed:
         pki = renew(have.ca, spec.name, spec.names, spec.address, now, find_api_address(spec))
         _write_pki(files, pki)
@@ -125,6 +127,16 @@ def _keep_pki(spec: HostSpec, folder: Path, now: float, *, renewed: bool) -> tup
             "issue new ones by the same CA with --renew, on the host and in the appliance",
         )
     return have, False
+
+
+def _refuse_other_host(spec: HostSpec, folder: Path, ca: Issued) -> None:
+    """With --renew, too: one CA for two hosts would let each stand for the other."""
+    with contextlib.suppress(ValueError):  # what can't be read is told of by whoever uses it
+        if other := find_other_host(ca, spec.name):
+            raise HairpinError(
+                f"the keys in {folder} are those of another host, {other}, and this one is {spec.name}",
+                f"name its own folder by --keys ({find_folder(spec, None)} if none is named), or a new one",
+            )
 
 
 def _write_pki(files: dict[str, tuple[Path, Path]], pki: Pki) -> None:

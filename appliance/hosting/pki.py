@@ -22,6 +22,7 @@ from steering.errors import HairpinError
 CA_DAYS = 3650
 LEAF_DAYS = 730
 SKEW = timedelta(hours=24)  # by which a clock may be behind
+_CA_OF = "Hairpin CA of "
 RENEW_SECONDS = 90 * 86400.0  # what ends sooner is issued anew by itself
 
 
@@ -49,7 +50,7 @@ def issue(
     """A new CA and its certificates; ``now`` in epoch seconds. ``api_address``: the appliance's, where known."""
     at = datetime.fromtimestamp(now, UTC)
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = _name(f"Hairpin CA of {name}")
+    subject = _name(f"{_CA_OF}{name}")
     certificate = (
         _begin(subject, subject, key.public_key(), at, CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -107,6 +108,16 @@ def renew(
             _name_api(name, api_address),
         ),
     )
+
+
+def find_other_host(ca: Issued, name: str) -> str:
+    """Whose CA it is, where that is another host than ``name``; else "". Raises ValueError where it is none."""
+    root = x509.load_pem_x509_certificate(ca.certificate.encode())
+    if root.subject == _name(f"{_CA_OF}{name}"):
+        return ""
+    shown = root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    whose = str(shown[0].value) if shown else ""
+    return whose.removeprefix(_CA_OF) if whose.startswith(_CA_OF) else ""
 
 
 def _name_api(name: str, address: str | None) -> list[x509.GeneralName]:

@@ -146,6 +146,11 @@ class HostSpec(Part):
                 raise ValueError(f"two lanes have the same {what}")
         if self.ovsdb_port == self.openflow_port:
             raise ValueError("ovsdbPort and openflowPort are the same")
+        own = self.vm.management.address
+        if own is not None and own.partition("/")[0] == self.address:
+            raise ValueError(
+                f"vm.management.address is {self.address}, the host's own address: the appliance needs another"
+            )
         if self.vm.management.bridge == self.bridge:
             raise ValueError(
                 f"vm.management.bridge is {self.bridge}, the bridge that is steered: after a restart of "

@@ -19,6 +19,7 @@ from appliance.image.model import Damaged
 from appliance.image.signing import PrivateKey, build_key_id, check_plain, sign
 
 MANIFEST_LIMIT = 4 * 2**20
+_MEND = "name what `hairpin image sign` made"
 _Digest = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -84,7 +85,7 @@ def seal_manifest(manifest: Manifest, key: PrivateKey, certificate: Certificate)
 def open_manifest(data: bytes, trusted: Sequence[Certificate]) -> tuple[Manifest, str]:
     """The manifest of a file, and who signed it. Raises Damaged, NotTrusted."""
     if len(data) > MANIFEST_LIMIT:
-        raise Damaged(f"the manifest is longer than {MANIFEST_LIMIT} bytes")
+        raise Damaged(f"the manifest is longer than {MANIFEST_LIMIT} bytes", _MEND)
     try:
         document = json.loads(data)
         manifest = Manifest.model_validate_json(json.dumps(document["signed"]))
@@ -98,5 +99,5 @@ def open_manifest(data: bytes, trusted: Sequence[Certificate]) -> tuple[Manifest
         ValidationError,
         binascii.Error,
     ) as fault:
-        raise Damaged("the manifest can't be read", "`hairpin image sign` makes one") from fault
+        raise Damaged("the manifest can't be read", _MEND) from fault
     return manifest, check_plain(_encode(manifest), signature, key, trusted)

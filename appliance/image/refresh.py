@@ -33,9 +33,17 @@ from appliance.image.bundle import (
 )
 from appliance.image.disk import Writable
 from appliance.image.gpt import Partition, read_table
-from appliance.image.layout import find_layout
+from appliance.image.layout import RootSet, find_layout
 from appliance.image.model import Damaged, ImageError, Part, Progress, Source, find_nonzero
-from appliance.image.signing import PrivateKey, build_key_id, sign
+from appliance.image.signing import (
+    NotTrusted,
+    PrivateKey,
+    build_key_id,
+    is_signed_with,
+    render_name,
+    sign,
+)
+from appliance.image.verity import SIGNATURE_LIMIT, parse_signature
 from appliance.rules.archive import ARCHIVE_LIMIT, MEMBER_LIMIT, UNPACKED_LIMIT, read_rule_files
 from appliance.rules.check import build_source
 from appliance.rules.model import LeftOut, RulesError, UpdateReport
@@ -123,7 +131,8 @@ async def try_rules(
         )
     packed = work / "bundle.tar.gz"
     packed.write_bytes(payload)
-    pipeline = RulePipeline(build_trial_settings(work, packed), engine_data, None, suricata)
+    settings = build_trial_settings(work, packed)
+    pipeline = RulePipeline(settings, engine_data, None, suricata, trial=True)
     report: UpdateReport = await pipeline.update(progress)
     left_out = [one for profile in report.profiles for one in profile.left_out]
     for profile in report.profiles:
@@ -171,6 +180,70 @@ def find_rules_partition(disk: Source) -> Partition:
     if found is None:
         raise Damaged("there is no partition for rules", "is it an image of Hairpin?")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a bundle is to be written, and its serial number. ``replaces_other``: a bundle by another key."""
+
+    partition: Partition
+    serial: int
+    replaces_other: bool
+
+
+def check_target(
+    disk: Source, certificate: Certificate, serial: int | None, now: float, *, other_signer: bool
+) -> Target:
+    """Whether a bundle of ``certificate``'s key can be put there. ``serial`` None: one is chosen.
+
+    Whom an appliance trusts is in its settings; without a word on it, the certificate in the image, whose key signed
+    the root. A bundle by the same key was put there on purpose. Any other takes ``other_signer``.
+
+    Raises WrongInput, ImageError.
+    """
+    partition = find_rules_partition(disk)
+    place = partition.of(disk)
+    before = read_before(place, certificate)
+    known = before is not None or _has_signed_root(disk, certificate)
+    if not known and not other_signer:
+        reason = (
+            f"{render_name(certificate)} signed neither the image's root nor the rules that are there: "
+            "an appliance would not use its bundle"
+        )
+        mend = (
+            "sign with the image's key; or give `--other-signer`, "
+            "where the appliance's setting `rules.bundle.certificate` is that certificate"
+        )
+        raise WrongInput([FieldError("--certificate", reason)], mend)
+    least = choose_serial(before, now)
+    if serial is not None and before and serial <= before.bundle.header.serial:
+        reason = f"the image has {before.bundle.header.serial} already, and it only grows"
+        raise WrongInput([FieldError("--serial", reason)])
+    return Target(partition, serial or least, _is_of_other(place, certificate))
+
+
+def _has_signed_root(disk: Source, certificate: Certificate) -> bool:
+    roots = find_layout(read_table(disk)).roots
+    return any(_is_root_by(disk, one, certificate) for one in roots if not one.empty)
+
+
+def _is_root_by(disk: Source, root: RootSet, certificate: Certificate) -> bool:
+    part = root.signature.of(disk)
+    try:
+        told = parse_signature(part.read(0, min(part.size, SIGNATURE_LIMIT)))
+        return is_signed_with(told.signature, told.root_hash.encode(), certificate)
+    except Damaged:
+        return False  # nobody can tell whose it is
+
+
+def _is_of_other(place: Source, certificate: Certificate) -> bool:
+    try:
+        read_bundle(place, (certificate,))
+    except NotTrusted:
+        return True
+    except ImageError:
+        return False
+    return False
 
 
 def choose_serial(before: Read | None, now: float) -> int:

@@ -162,6 +162,19 @@ def check_detached(signature: bytes, content: bytes, trusted: Sequence[Certifica
     return _check_signer(info.content.signers, info.content.certificates, content, trusted)
 
 
+def is_signed_with(signature: bytes, content: bytes, certificate: Certificate) -> bool:
+    """Whether it is of this certificate's key, whichever certificate it names: one may be renewed. Raises Damaged."""
+    info = _decode(_DetachedInfo, signature)
+    _require(info.type.dotted_string == _SIGNED_DATA, "it is no signed data")
+    listed = info.content.signers.as_list()
+    _require(len(listed) == 1, f"it has {len(listed)} signers")
+    try:
+        _check_signature(listed[0], content, certificate)
+    except NotTrusted:
+        return False
+    return True
+
+
 def check_program(signature: bytes, trusted: Sequence[Certificate]) -> ProgramSignature:
     """Raises Damaged, NotTrusted. The digest is still to be compared."""
     info = _decode(_AttachedInfo, signature)
@@ -227,6 +240,11 @@ def _check_signer(
     for one in others:
         _require_trusted(one, trusted)
     certificate = _find_certificate(signer.sid, [*trusted, *others])
+    _check_signature(signer, content, certificate)
+    return certificate
+
+
+def _check_signature(signer: _SignerInfo, content: bytes, certificate: Certificate) -> None:
     algorithm = _find_digest(signer.digest_algorithm)
     message = content
     if signer.attributes is not None:
@@ -236,7 +254,6 @@ def _check_signer(
         _verify(certificate.public_key(), message, signer.signature, algorithm)
     except (InvalidSignature, ValueError, UnsupportedAlgorithm) as fault:
         raise NotTrusted(f"the signature of {render_name(certificate)} does not fit") from fault
-    return certificate
 
 
 def _require_trusted(certificate: Certificate, trusted: Sequence[Certificate]) -> None:

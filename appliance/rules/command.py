@@ -161,7 +161,13 @@ def find_updater() -> Path:
 
 async def find_version(suricata: Path) -> str:
     """As in ``7.0.10``. Raises RulesError, CommandFailed."""
-    said = (await run_async([str(suricata), "-V"], timeout=10)).stdout
+    try:
+        said = (await run_async([str(suricata), "-V"], timeout=10)).stdout
+    except CommandFailed as fault:
+        mend = f"is {suricata} the Suricata to be used (inspection.suricata, --suricata)?"
+        raise CommandFailed(fault.command, fault.status, fault.output, mend) from fault
     if match := re.search(r"version (\d+\.\d+\.\d+)", said):
         return match[1]
-    raise RulesError(f"{suricata} -V says no version: {said[:100]}", "check inspection.suricata")
+    raise RulesError(
+        f"{suricata} -V says no version: {said[:100]}", "check inspection.suricata, or --suricata"
+    )

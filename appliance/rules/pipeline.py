@@ -72,7 +72,8 @@ class RulePipeline:
     """The rulesets of every profile that has a lane.
 
     ``engine_data`` is the `suricata` directory. ``test_config`` gives the configuration that a
-    profile's engine runs on; None takes a small one of our own. All that changes anything holds a
+    profile's engine runs on; None takes a small one of our own. ``trial``: no engine will run on what comes into
+    force, and nobody is told that one does. All that changes anything holds a
     lock, also against other processes.
     """
 
@@ -83,8 +84,11 @@ class RulePipeline:
         test_config: Callable[[Profile], Path] | None,
         suricata: Path,
         clock: Callable[[], float] = time.time,
+        *,
+        trial: bool = False,
     ) -> None:
         self._settings = settings
+        self._done = "passed its trial" if trial else "in force"
         self._engine_data = engine_data
         self._test_config = test_config
         self._suricata = suricata
@@ -434,7 +438,7 @@ class RulePipeline:
             if former is not None:
                 store.write_link(profile, LAST_GOOD, former)
             store.write_link(profile, CURRENT, report.revision)
-            progress(f"{profile}: revision {report.revision} in force, {report.loaded} rules")
+            progress(f"{profile}: revision {report.revision} {self._done}, {report.loaded} rules")
             if reload is not None:
                 refusal = await self._ask(reload, profile, report.revision, former, before_that)
                 if refusal is not None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import structlog
 
@@ -89,31 +87,30 @@ class FlowMonitor:
             self.fault = ""
 
     async def _watch(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="hairpin-monitor-") as directory:
-            process = await asyncio.create_subprocess_exec(
-                "ovs-ofctl",
-                "--no-names",
-                *self._options,
-                f"--unixctl={Path(directory) / 'ctl'}",
-                "monitor",
-                self._target,
-                "watch:",
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-            )
-            self._process = process
-            try:
-                # ovs-ofctl writes what is there at first to standard output, and what happens to error.
-                assert process.stdout is not None  # noqa: S101 - asked for above
-                async for raw in process.stdout:
-                    await self._take(raw.decode(errors="replace"))
-                # It closed its output, so it is ending; a kill now would race with its reaping.
-                with contextlib.suppress(TimeoutError):
-                    await wait_at_most(process.wait(), 1.0)
-            finally:
-                if process.returncode is None:
-                    await end_process(process)
+        process = await asyncio.create_subprocess_exec(
+            "ovs-ofctl",
+            "--no-names",
+            *self._options,
+            "--unixctl=none",  # a control socket would stay where we are killed
+            "monitor",
+            self._target,
+            "watch:",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        self._process = process
+        try:
+            # ovs-ofctl writes what is there at first to standard output, and what happens to error.
+            assert process.stdout is not None  # noqa: S101 - asked for above
+            async for raw in process.stdout:
+                await self._take(raw.decode(errors="replace"))
+            # It closed its output, so it is ending; a kill now would race with its reaping.
+            with contextlib.suppress(TimeoutError):
+                await wait_at_most(process.wait(), 1.0)
+        finally:
+            if process.returncode is None:
+                await end_process(process)
 
     async def _take(self, line: str) -> None:
         if " event=" not in line:

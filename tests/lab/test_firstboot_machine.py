@@ -109,7 +109,7 @@ def test_a_bridge_with_a_legs_address_is_not_taken_for_the_leg(
     ):
         subprocess.run(["ip", "-n", namespace.name, *words], check=True)
     where = {"CREDENTIALS_DIRECTORY": str(credentials)}
-    done = namespace.hairpin("firstboot", "--root", str(tmp_path / "root"), **where)
+    done = namespace.hairpin("firstboot", "--root", str(tmp_path), **where)
     assert done.returncode == 0, done.stderr
 
 
@@ -118,6 +118,7 @@ def test_a_device_that_is_missing_is_waited_for_and_told(
 ) -> None:
     subprocess.run(["ip", "-n", namespace.name, "link", "del", "en2"], check=True)
     root = tmp_path / "root"
+    root.mkdir()
     where = {"CREDENTIALS_DIRECTORY": str(credentials)}
     done = namespace.hairpin("firstboot", "--root", str(root), **where)
     assert done.returncode == 2
@@ -133,6 +134,7 @@ def test_networkd_does_what_the_files_say(
     tmp_path: Path, credentials: Path, namespace: Namespace
 ) -> None:
     root = tmp_path / "root"
+    root.mkdir()
     where = {"CREDENTIALS_DIRECTORY": str(credentials)}
     assert namespace.hairpin("firstboot", "--root", str(root), **where).returncode == 0
     files = root / "run/systemd/network"

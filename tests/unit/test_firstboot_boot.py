@@ -19,7 +19,7 @@ from appliance.firstboot.offer import SEED_LIMIT, Offered
 from appliance.firstboot.places import find_places
 from appliance.firstboot.write import write_file
 from appliance.settings import read_settings
-from steering.errors import HairpinError
+from steering.errors import HairpinError, WrongInput
 from tests.support.certificates import issue
 from tests.support.seed import (
     DEVICES,
@@ -422,6 +422,11 @@ def test_the_command_ends_with_2_and_names_each_fault(
     monkeypatch.setattr("appliance.firstboot.door.DEVICE_SECONDS", 0.1)
     monkeypatch.setattr("appliance.firstboot.door.wait_for_devices.__defaults__", (0.1,))
     root = tmp_path / "root"
+    done = CliRunner().invoke(build_app(), ["firstboot", "--root", str(root)])
+    assert isinstance(done.exception, WrongInput)
+    assert "no directory" in str(done.exception)
+    assert not root.exists()
+    root.mkdir()
     done = CliRunner().invoke(build_app(), ["firstboot", "--root", str(root)])
     assert isinstance(done.exception, SeedRefused)
     assert done.exception.exit_status == 2

@@ -172,6 +172,19 @@ def test_nothing_is_renewed_by_another_ca_s_key(tmp_path: Path) -> None:
     assert (tmp_path / "one/host.pem").read_text() == one.pki.host.certificate
 
 
+@pytest.mark.parametrize("renewed", [False, True])
+def test_keys_of_another_host_are_left_to_it(tmp_path: Path, renewed: bool) -> None:
+    """By --renew its CA would issue for two hosts, and the first one's own certificate would be gone."""
+    kept = keep(SPEC_ONE, tmp_path, NOW)
+    two = parse_spec(SPEC.replace("name: hv-1", "name: hv-2"))
+    with pytest.raises(HairpinError, match="of another host, hv-1") as refused:
+        keep(two, tmp_path, NOW, renewed=renewed)
+    assert "--renew" not in refused.value.mend
+    assert "hairpin-hv-2" in refused.value.mend
+    assert kept.pki is not None
+    assert (tmp_path / "host.pem").read_text() == kept.pki.host.certificate
+
+
 def test_a_host_with_certificates_of_its_own_gets_none(tmp_path: Path) -> None:
     kept = keep(parse_spec(f"{SPEC}tls: existing\n"), tmp_path / "keys", NOW)
     assert kept.pki is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from appliance.cli import run_cli
 from appliance.firstboot.certificates import Pair, judge_pair
 from appliance.firstboot.offer import Offered, build_mapping, read_offer
 from appliance.firstboot.parse import read_seed
@@ -72,6 +73,10 @@ def find_faults(text: str) -> dict[str, str]:
         ({"vm": {}}, "vm.management", "must be given"),
         ({"vm": {"management": {}}}, "vm.management", "give bridge"),
         ({"vm": {"management": {"bridge": "br-int"}}}, "(file)", "the bridge that is steered"),
+        ({"vm": {"management": {"bridge": "b", "address": "192.0.2.10/24"}}}, "(file)",
+         "the host's own address"),
+        ({"address": "fd00::1", "vm": {"management": {"bridge": "b", "address": "fd00:0::1/64"}}}, "(file)",
+         "the host's own address"),
         ({"vm": {"management": {"bridge": "b", "gateway": "192.0.2.1"}}}, "vm.management", "DHCP"),
         ({"vm": {"management": {"bridge": "b", "address": "192.0.2.1"}}}, "vm.management.address",
          "ADDRESS/PREFIX"),
@@ -88,6 +93,11 @@ def test_what_is_wrong_is_told_with_its_path(
 def test_a_file_with_two_documents_or_none_is_refused() -> None:
     assert "2 documents" in find_faults(f"{SPEC}---\n{SPEC}")["(file)"]
     assert "0 documents" in find_faults("")["(file)"]
+
+
+def test_a_file_without_an_end_is_not_read_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["host", "prepare", "/dev/zero"]) == 2
+    assert "/dev/zero: longer than 524288 bytes" in capsys.readouterr().err
 
 
 def test_ports_are_the_same_each_time_and_their_numbers_no_vm_s() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -375,7 +376,88 @@ def test_what_is_damaged_is_told_with_a_mend(
     for argv in (
         ["rules", str(empty), *certificate],
         ["extract", str(empty), "--output", str(tmp_path / "out"), *certificate],
-        ["verify", str(image.disk), *certificate, "--manifest", str(empty)],
     ):
         assert run_cli(["image", *argv]) == 1
         assert "what to do:" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_no_manifest_is_wrong_input(
+    image: Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["image", "verify", str(image.disk), "--certificate", str(image.keys.certificate)]
+    other = tmp_path / "other"
+    for content in (b"", b"Debian 13", b" " * (4 * 2**20 + 1)):
+        other.write_bytes(content)
+        assert run_cli([*argv, "--manifest", str(other)]) == 2
+        said = capsys.readouterr().err
+        assert f"{other}: the manifest" in said
+        assert "name what `hairpin image sign` made" in said
+
+
+def sign_command(image: Image, disk: Path, output: Path) -> int:
+    argv = ["image", "sign", str(disk), "--key", str(image.keys.key), "--output", str(output)]
+    return run_cli([*argv, "--certificate", str(image.keys.certificate)])
+
+
+def test_a_place_where_no_manifest_can_be_written_is_told_before_the_image_is_measured(
+    image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By an image that would be refused when it is measured."""
+    wrong = tmp_path / "wrong.raw"
+    wrong.write_bytes(bytes(2**20))
+    places = (
+        (tmp_path, "directory"),
+        (tmp_path / "no" / "x", "No such file"),
+        (wrong, "the image"),
+    )
+    for output, reason in places:
+        assert sign_command(image, wrong, output) == 2
+        assert reason in capsys.readouterr().err
+    assert wrong.read_bytes() == bytes(2**20)
+    # And of one that can be, nothing stays where the image is refused.
+    output = tmp_path / "here"
+    before = sorted(tmp_path.iterdir())
+    assert sign_command(image, wrong, output) == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert sign_command(image, disk, output) == 0
+    assert sorted(tmp_path.iterdir()) == sorted([*before, output])
+
+
+def test_a_manifest_for_which_there_is_no_room_leaves_nothing(
+    image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The limit on a file's size stands for a full disk, which takes root to make: the write ends the same way."""
+    output = tmp_path / "here"
+    output.write_text("the one before")
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        status = sign_command(image, disk, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert status == 1
+    assert f"{output} can't be written: File too large" in said
+    assert "make room" in said
+    assert sorted(tmp_path.iterdir()) == before
+    assert output.read_text() == "the one before"
+
+
+def test_parts_are_written_into_an_empty_directory_alone(
+    image: Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["image", "extract", str(image.disk), "--certificate", str(image.keys.certificate)]
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = out / "notes.txt"
+    mine.write_text("mine")
+    assert run_cli([*argv, "--output", str(out)]) == 2
+    assert f"{out}: not empty: notes.txt is in it" in capsys.readouterr().err
+    assert list(out.iterdir()) == [mine]
+    assert run_cli([*argv, "--output", str(mine)]) == 2
+    assert f"{mine}: no directory" in capsys.readouterr().err
+    mine.unlink()
+    assert run_cli([*argv, "--output", str(out)]) == 0
+    assert len(list(out.iterdir())) == 4

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from appliance.cli import run_cli
 from appliance.image import refresh
 from appliance.image.bundle import Read
 from appliance.image.disk import open_device_to_read, open_to_write
-from appliance.image.gpt import Partition
+from appliance.image.gpt import Partition, read_table
 from appliance.image.model import ImageError
 from appliance.image.refresh import RuleFiles, Tried, read_rules, sign_bundle, write_bundle
 from appliance.image.signing import read_pair
 from appliance.rules.model import RulesError
 from steering.errors import WrongInput
-from tests.support.disk_images import flipped, make_keys, run
+from tests.support.disk_images import Keys, flipped, make_keys, run
 from tests.support.rule_pipelines import rule, write_feed
 from tests.unit.image.conftest import Image
 
@@ -58,6 +59,11 @@ def read(image: Image, disk: Path) -> Read | None:
         return refresh.read_partition(opened, image.trusted)
 
 
+def read_parts(disk: Path) -> tuple[Partition, ...]:
+    with open_device_to_read(disk) as opened:
+        return read_table(opened).partitions
+
+
 def refresh_command(image: Image, disk: Path, rules: Path, *more: str) -> int:
     argv = ["image", "refresh", str(disk), "--rules", str(rules), "--key", str(image.keys.key)]
     return run_cli([*argv, "--certificate", str(image.keys.certificate), *more])
@@ -73,7 +79,11 @@ def test_a_refreshed_image_is_as_it_was_signed(
         "alert nonsense any (sid:3;)",
         rule(4, "http.uri;"),
     )
-    assert refresh_command(image, disk, feed, "--json") == 0
+    assert refresh_command(image, disk, feed) == 0
+    noted = capsys.readouterr().err
+    assert "passed its trial" in noted
+    assert "in force" not in noted  # of no engine
+    assert refresh_command(image, disk, feed, "--json", "--serial", str(2**50)) == 0
     told = json.loads(capsys.readouterr().out)
     # Suricata itself finds that the last two can't be: the first two and the starter rules load.
     assert told["rules"] == 4
@@ -138,6 +148,109 @@ def test_a_key_of_another_certificate_is_refused(
     argv = ["image", "refresh", str(disk), "--rules", str(tmp_path), "--key", str(other.key)]
     assert run_cli([*argv, "--certificate", str(image.keys.certificate)]) == 2
     assert "not the key of the certificate" in capsys.readouterr().err
+
+
+def sign_by(keys: Keys, image: Image, disk: Path, tmp_path: Path, *more: str) -> int:
+    """Refresh by a key, with one rule."""
+    rules = tmp_path / "own.rules"
+    rules.write_text(rule(77) + "\n")
+    return refresh_command(replace(image, keys=keys), disk, rules, *more)
+
+
+def test_a_key_that_the_image_does_not_know_is_refused(
+    image: Image,
+    disk: Path,
+    partition: Partition,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An appliance that trusts the image's own certificate would not use its bundle, and say so at its next start."""
+    other = make_keys(tmp_path, "other")
+    for serial in (None, 10):
+        if serial is not None:
+            write(image, disk, partition, serial)
+        before = disk.read_bytes()
+        assert sign_by(other, image, disk, tmp_path) == 2
+        said = capsys.readouterr().err
+        assert "CN=other of a test" in said
+        assert "signed neither the image's root nor the rules" in said
+        assert "--other-signer" in said
+        assert disk.read_bytes() == before
+
+
+def test_another_key_signs_when_that_is_said_and_then_goes_on(
+    image: Image,
+    disk: Path,
+    partition: Partition,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = make_keys(tmp_path, "other")
+    write(image, disk, partition, 10)
+    assert sign_by(other, image, disk, tmp_path, "--other-signer") == 0
+    assert "a bundle by another key was there" in capsys.readouterr().err
+    # By the key of the bundle that is there, nothing need be said.
+    assert sign_by(other, image, disk, tmp_path, "--serial", str(2**50)) == 0
+    assert "another key" not in capsys.readouterr().err
+    # The image's own key always may; that another one stood there is told.
+    assert sign_by(image.keys, image, disk, tmp_path, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "another key" in told["faults"][0]
+
+
+def test_a_renewed_certificate_of_the_images_key_is_known(
+    image: Image, disk: Path, tmp_path: Path
+) -> None:
+    renewed = tmp_path / "renewed.crt"
+    argv = ["openssl", "req", "-x509", "-new", "-key", image.keys.key, "-sha256", "-days", "30"]
+    run(*argv, "-subj", "/CN=renewed", "-out", renewed)
+    assert sign_by(Keys(image.keys.key, renewed), image, disk, tmp_path) == 0
+
+
+def test_a_root_whose_signature_can_t_be_read_vouches_for_nobody(
+    image: Image, disk: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    place = next(one.offset for one in read_parts(disk) if one.name.endswith("_sig"))
+    with open(disk, "r+b") as opened:
+        opened.seek(place)
+        opened.write(b"[]" + bytes(5000))
+    assert sign_by(image.keys, image, disk, tmp_path) == 2
+    assert "signed neither" in capsys.readouterr().err
+
+
+def test_the_image_is_looked_at_before_the_rules_are_tried(
+    image: Image,
+    disk: Path,
+    partition: Partition,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The trial takes half a minute. With an engine that is not there it would fail, and tell of that."""
+    none = ("--suricata", str(tmp_path / "no-engine"))
+    assert sign_by(image.keys, image, tmp_path / "no.raw", tmp_path, *none) == 2
+    assert "No such file" in capsys.readouterr().err
+    alien = tmp_path / "alien.raw"
+    alien.write_bytes(bytes(2**20))
+    assert sign_by(image.keys, image, alien, tmp_path, *none) == 1
+    assert "partition table" in capsys.readouterr().err
+    write(image, disk, partition, 10)
+    assert sign_by(image.keys, image, disk, tmp_path, "--serial", "10", *none) == 2
+    assert "it only grows" in capsys.readouterr().err
+    assert sign_by(make_keys(tmp_path, "other"), image, disk, tmp_path, *none) == 2
+    assert "signed neither" in capsys.readouterr().err
+    with open_to_write(disk):
+        assert sign_by(image.keys, image, disk, tmp_path, *none) == 1
+        assert "a virtual machine runs on" in capsys.readouterr().err
+
+
+def test_what_is_no_suricata_is_told_with_a_mend(
+    image: Image, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for program in ("/bin/false", "/bin/true", str(tmp_path / "none")):
+        assert sign_by(image.keys, image, disk, tmp_path, "--suricata", program) == 1
+        said = capsys.readouterr().err
+        assert program in said
+        assert "--suricata" in said.partition("what to do:")[2]
 
 
 class Torn:
