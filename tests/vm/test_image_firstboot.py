@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,8 +19,9 @@ import pytest
 
 from appliance.api.documents import Health
 from appliance.cli import run_cli
+from steering.errors import HairpinError
 from tests.support.disk_images import find_partition
-from tests.support.qemu import VmSpec, run_vm, write_seed
+from tests.support.qemu import Vm, VmFault, VmSpec, run_vm, write_seed
 from tests.support.tls_switch import open_tls_switch
 from tests.support.vm_probe import build_probe, read_probe
 from tests.support.vm_seed import (
@@ -41,6 +42,7 @@ BUNDLE = "hairpin/bundle"
 DAYS_OFF = 30
 READY_SECONDS = 1200.0
 """To an engine with rules: several programs start and two rulesets are tried, under TCG beside others."""
+TOLD_SECONDS = 15.0
 LOOK = """
 n=0; while [ $n -lt 240 ] && ! grep -qs running /run/hairpin/inspection.json; do sleep 1; n=$((n+1)); done
 n=0; while [ $n -lt 240 ] && ! systemctl is-active -q systemd-bless-boot; do sleep 1; n=$((n+1)); done
@@ -111,14 +113,7 @@ def configured(
         options=give_seed(at / "seed.json", host.build_seed()),
     )
     with run_vm(spec) as vm:
-        host.wait_for_health(vm, uses_bundle, READY_SECONDS)
-        # What an engine has loaded is told a moment after its ruleset.
-        (loaded,) = (one.loaded for one in host.open_client()[0].read_rules().lanes)
-        health = host.wait_for_health(
-            vm,
-            lambda one: uses_bundle(one) and one.components.lanes[0].rules_loaded == loaded,
-            60.0,
-        )
+        health = wait_for_the_bundle(host, vm, uses_bundle)
         facts = parse_facts(read_probe(vm, "look", READY_SECONDS))
         fingerprint = host.open_client()[1]
         vm.wait_for(fingerprint, 120.0)
@@ -138,6 +133,31 @@ def uses_bundle(health: Health) -> bool:
 
 def refuses_bundle(health: Health) -> bool:
     return is_inspecting(health) and "is not used" in health.components.rules.detail
+
+
+def wait_for_the_bundle(
+    host: VmHost, vm: Vm, wanted: Callable[[Health], bool], before: int = 0
+) -> Health:
+    """Until its use or its refusal is done with, by the event, of which there were ``before``, and the engines too.
+
+    An engine loads rules for some seconds, and its supervisor tells of them now and then.
+    """
+    host.wait_for_health(vm, wanted, READY_SECONDS)
+    deadline = time.monotonic() + READY_SECONDS
+    while count_events(host, "rules.bundle") <= before:
+        if time.monotonic() > deadline:
+            raise VmFault(f"no event tells of the bundle\n{vm.read_console()[-6000:]}")
+        time.sleep(2.0)
+    time.sleep(TOLD_SECONDS)
+    return host.wait_for_health(vm, wanted, READY_SECONDS)
+
+
+def count_events(host: VmHost, kind: str) -> int:
+    try:
+        events = host.open_client()[0].find_events({}).items
+    except (OSError, HairpinError):
+        return 0  # emulated, it answers late now and then
+    return sum(one.kind == kind for one in events)
 
 
 def test_a_right_seed_makes_an_appliance(configured: tuple[Inside, Health, str]) -> None:
@@ -205,7 +225,7 @@ def years_later(
     )
     began = len(inside.vm.read_console())
     with run_vm(spec) as vm:
-        health = host.wait_for_health(vm, refuses_bundle, READY_SECONDS)
+        health = wait_for_the_bundle(host, vm, refuses_bundle, before=1)
         vm.wait_for("seed       none is offered now; as accepted at", 180.0, after=began)
         yield Inside(vm, {}), health, before.components.lanes[0].rules_loaded
 
@@ -245,7 +265,7 @@ def by_disk(
     seed = write_seed(at / "seed.img", files)
     spec = VmSpec(disk=refreshed, directory=at / "vm", nics=host.nics, drives=(seed,))
     with run_vm(spec) as vm:
-        health = host.wait_for_health(vm, refuses_bundle, READY_SECONDS)
+        health = wait_for_the_bundle(host, vm, refuses_bundle)
         yield Inside(vm, {}), health, years_later[2]
 
 
