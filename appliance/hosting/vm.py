@@ -58,7 +58,7 @@ def render_domain(spec: HostSpec, ports: Sequence[LegPort]) -> str:
     system = add(domain, "os", firmware="efi")
     add(system, "type", "hvm", arch="x86_64", machine="q35")
     firmware = add(system, "firmware")
-    # Left to itself libvirt takes firmware with Microsoft's keys, under which the image's programs don't start.
+    # Left to itself libvirt takes firmware with Microsoft's keys, which trusts nothing of the image.
     add(firmware, "feature", enabled="yes" if vm.secure_boot else "no", name="secure-boot")
     add(firmware, "feature", enabled="no", name="enrolled-keys")
     add(add(domain, "features"), "acpi")

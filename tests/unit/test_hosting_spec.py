@@ -171,7 +171,7 @@ def test_the_firmware_is_never_one_with_the_keys_of_others() -> None:
             for one in domain.findall("os[@firmware='efi']/firmware/feature")
         }
 
-    # Left to itself libvirt 9.0 and 11.3 took Debian's with Microsoft's keys: nothing of the image starts there.
+    # Left to itself libvirt 9.0 and 11.3 took Debian's with Microsoft's keys, which trusts nothing of the image.
     assert find_features(render_vm()) == {"secure-boot": "yes", "enrolled-keys": "no"}
     assert find_features(render_vm(secureBoot=False)) == {
         "secure-boot": "no",
