@@ -61,7 +61,8 @@ def hash_part(disk: Path, start: int, size: int) -> str:
 def strip_signature(program: bytes) -> bytes:
     """A PE32+ program without its certificates and without the checksum that counts them in.
 
-    Sources: Microsoft, PE Format ("Optional Header", "The Attribute Certificate Table").
+    So with the kernel in a UKI, which is signed by itself, too.
+    Sources: Microsoft, PE Format ("Optional Header", "Section Table", "The Attribute Certificate Table").
     """
     header = struct.unpack_from("<I", program, 0x3C)[0]
     assert program[header : header + 4] == b"PE\0\0"
@@ -74,7 +75,23 @@ def strip_signature(program: bytes) -> bytes:
     struct.pack_into("<II", bare, certificates, 0, 0)
     if at:
         del bare[at : at + size]
+    if (place := find_kernel(program, header)) is not None:
+        # Last, since it moves what is behind it; nothing is read by its place any more.
+        bare[place] = strip_signature(program[place])
     return bytes(bare)
+
+
+def find_kernel(program: bytes, header: int) -> slice | None:
+    """Of a UKI, its section `.linux`."""
+    count, optional_size = (
+        struct.unpack_from("<H", program, header + offset)[0] for offset in (6, 20)
+    )
+    for number in range(count):
+        section = header + 24 + optional_size + 40 * number
+        name, size, _, _, at = struct.unpack_from("<8sIIII", program, section)
+        if name.rstrip(b"\0") == b".linux":
+            return slice(at, at + size)
+    return None
 
 
 def read_esp(disk: Path, start: int) -> dict[str, bytes]:
