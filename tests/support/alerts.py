@@ -16,7 +16,7 @@ from appliance.alerts.model import EveAlert
 from appliance.alerts.partitions import AlertWrite
 from appliance.alerts.quick import sight
 from appliance.alerts.rows import Row, build_endpoint, insert_sql
-from appliance.alerts.schema import migrations
+from appliance.alerts.schema import open_tables
 from appliance.alerts.store import find_directory
 from appliance.alerts.writing import Origin
 from steering.model import Lane
@@ -35,7 +35,7 @@ def store_alerts(write: AlertWrite, stored: Iterable[Stored], stored_at: float =
 def fill_table(path: Path, stored: Iterable[Stored]) -> None:
     """A database as it was before there were partitions, with these alerts in it."""
     db = Database(path)
-    migrations.apply(db)
+    open_tables(db, 0.0)
     with db.atomic():
         for number, (alert, attributed, lane) in enumerate(stored):
             row = build_table_row(alert, attributed, lane, 5.0, (1, number, 0))

@@ -45,7 +45,7 @@ from appliance.alerts.query import (
     find_latest_alert_id,
     summarise_flows,
 )
-from appliance.alerts.schema import migrations
+from appliance.alerts.schema import open_tables
 from appliance.alerts.store import Store
 from steering.errors import WrongInput
 from steering.model import Holding, Lane
@@ -230,7 +230,7 @@ async def test_an_address_that_changes_hands_ends_the_former_interval(store: Sto
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_intervals_of_one_address_never_overlap(sightings: list[tuple[str, int]]) -> None:
     db = Database(memory=True)
-    migrations.apply(db)
+    open_tables(db, 0.0)
     for vm_id, at in sightings:
         record_holding(db, "10.0.0.1", vm_id, float(at))
     held = load_holdings(db).get("10.0.0.1", ())
