@@ -50,6 +50,9 @@ class EngineUpkeep:
         rotated = files.rotate_eve(self._paths.eve, self._eve_limit)
         if rotated or not self._paths.eve.exists():
             await self._reopen_logs()
+        else:
+            # An engine that was starting could not be asked, and has opened it by itself.
+            self._faults.mend("rotation", time.time())
         if lost := files.remove_unread(self._paths.eve):
             self._note(
                 "events lost",
