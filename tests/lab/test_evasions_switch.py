@@ -142,7 +142,7 @@ def test_the_switch_learns_no_address_on_a_leg(stage: Stage) -> None:
     assert {port for port, _ in learned} & legs == set()
     # And each VM's address on its own port only.
     owners = {vm.mac: str(vm.ofport) for vm in stage.appliance.lab.vms}
-    assert {mac for port, mac in learned if mac in owners and owners[mac] != port} == set()
+    assert {one for one in learned if one[1] in owners and owners[one[1]] != one[0]} == set()
 
 
 def test_flooding_the_address_table_opens_nothing(stage: Stage) -> None:
