@@ -141,6 +141,9 @@ class CanaryWatch:
         async with self._locks[lane.name]:
             yield lambda cause: self._prove(lane, cause)
 
+    def is_forwarding(self, lane: Lane) -> bool:
+        return self._sources.is_forwarding(lane)
+
     async def prove(self, lane: Lane, cause: str) -> Judgement:
         """As what `hold` gives, at once."""
         async with self.hold(lane) as prove:

@@ -172,6 +172,7 @@ class RuleWork:
     async def _reload_engine(self, lane: Lane) -> ReloadVerdict:
         # Held, so that no other canary meets the engine between the two rulesets.
         async with self._canary.hold(lane) as prove:
+            forwarding = self._canary.is_forwarding(lane)
             try:
                 report = await reload_rules(self._settings.engine_socket(lane))
             except HairpinError as fault:
@@ -180,8 +181,12 @@ class RuleWork:
             if faults:
                 return ReloadVerdict(False, "; ".join(faults))
             judgement = await prove("rules reloaded")
+            forwarding = forwarding or self._canary.is_forwarding(lane)
         if judgement.passed:
             return ReloadVerdict(True)
+        if not forwarding:
+            # It was down before, so these rules are not why; as it forwards again a canary tells whether it has them.
+            return ReloadVerdict(True, f"not proved: {judgement.detail}")
         reason = f"its canary was lost at: {judgement.stage}; {judgement.detail}"
         return ReloadVerdict(False, reason)
 

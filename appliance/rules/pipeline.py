@@ -185,11 +185,12 @@ class RulePipeline:
                 gathered = await self._gather(updater, staging, lambda _: None, bundled)
                 floor = self._settings.rules.floor
                 built = await self._build_all(updater, gathered, staging, lambda _: None, floor)
-                for one in built:
-                    await self._put_in_force(one, reload, lambda _: None)
+                reports = [await self._put_in_force(one, reload, lambda _: None) for one in built]
             except (RulesError, CommandFailed, OSError) as fault:
                 self._note_failure(fault)
                 raise
+            if refused := [f"{one.profile}: {one.refused}" for one in reports if one.refused]:
+                raise RulesetRefused("; ".join(refused), "the last good rules are in force")
             return bundled[1]
 
     def _has(self, profile: Profile, bundled: SourceReport) -> bool:

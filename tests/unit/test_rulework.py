@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 
 from appliance.assurance.canary import CanaryWatch
+from appliance.assurance.stages import Judgement, Stage
 from appliance.inspection.publish import EngineState, Fault, InspectionState, LaneState
 from appliance.inspection.rulesets import UNLOADABLE
 from appliance.management import rulework
 from appliance.management.rulework import RuleWork
+from appliance.rules.model import RulesState
 from appliance.rules.pipeline import RulePipeline
 from appliance.settings import Settings
 from steering.errors import HairpinError
+from steering.model import Lane
 
 LANE = {
     "profile": "prevent",
@@ -109,3 +114,58 @@ async def test_a_ruleset_that_its_engine_refused_is_not_loaded_again_and_again()
         settings.build_lanes()[0]
     )
     assert told.events == []
+
+
+class Canary:
+    """Stands for the watch of a lane that a real host would have to bring down at a certain moment."""
+
+    def __init__(self, judgement: Judgement, *forwarding: bool) -> None:
+        self.judgement = judgement
+        self.forwarding = list(forwarding)
+
+    def is_forwarding(self, lane: Lane) -> bool:
+        return self.forwarding.pop(0)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, lane: Lane) -> AsyncIterator[Callable[[str], Awaitable[Judgement]]]:
+        async def prove(cause: str) -> Judgement:
+            return self.judgement
+
+        yield prove
+
+
+LOST = Judgement(Stage.BRIDGE, "the lane is down: BFD does not pass through it")
+
+
+@pytest.mark.parametrize(
+    ("judgement", "forwarding", "accepted"),
+    [
+        (Judgement(), (True,), True),
+        (LOST, (True,), False),  # these rules may have brought it down
+        (LOST, (False, True), False),
+        (LOST, (False, False), True),
+        (Judgement(Stage.RULESET, "other rules"), (False, True), False),
+    ],
+)
+async def test_rules_are_not_refused_for_a_lane_that_was_down_before(
+    judgement: Judgement,
+    forwarding: tuple[bool, ...],
+    accepted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def load(socket: object) -> str:
+        return "done"
+
+    monkeypatch.setattr(rulework, "reload_rules", load)
+    monkeypatch.setattr(rulework, "check_reload", lambda report, floor: ())
+    canary = cast(CanaryWatch, Canary(judgement, *forwarding))
+    pipeline = cast(RulePipeline, Rules())
+    work = RuleWork(SETTINGS, pipeline, lambda: None, Told(), canary)
+    verdict = await work._reload_engine(SETTINGS.build_lanes()[0])
+    assert verdict.accepted is accepted
+    assert (LOST.detail in verdict.reason) is (judgement is LOST)
+
+
+class Rules(Disk):
+    def read_state(self) -> RulesState:
+        return RulesState((), None)

@@ -13,7 +13,7 @@ from appliance.api.documents import HealthProblem
 from appliance.image.bundle import slot_size
 from appliance.management.health import Facts, _judge_rules
 from appliance.rules.bundled import BundleReader
-from appliance.rules.model import BUNDLE, RulesState, SourceReport
+from appliance.rules.model import BUNDLE, ReloadVerdict, RulesetRefused, RulesState, SourceReport
 from appliance.rules.pipeline import RulePipeline
 from appliance.settings import RulesBundle, parse_settings
 from steering.errors import WrongInput
@@ -84,6 +84,19 @@ async def test_what_was_put_there_while_it_was_off_comes_into_force_at_the_start
     # An update keeps it.
     await again.update(quiet)
     assert 100 in appliance.read_sids()
+
+
+async def test_a_bundle_that_an_engine_refuses_is_not_told_as_used(appliance: Appliance) -> None:
+    pipeline = appliance.start()
+    await pipeline.ensure()
+    appliance.write(100)
+
+    async def refuse(profile: str, path: Path) -> ReloadVerdict:
+        return ReloadVerdict(False, "its canary was lost")
+
+    with pytest.raises(RulesetRefused, match="prevent: its canary was lost"):
+        await appliance.start().adopt_bundle(refuse)
+    assert 100 not in appliance.read_sids()
 
 
 @pytest.mark.parametrize("fault", ["damaged", "foreign", "older", "gone", "no device"])
