@@ -6,6 +6,7 @@ What `serve` or `inspect` would mend at once is broken again and again until the
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -177,12 +178,14 @@ def find_loaded_file(appliance: Appliance) -> Path:
 def test_eve(appliance: Appliance, since: float) -> None:
     """The engine goes on writing to a file that nobody reads any more."""
     eve = appliance.lab.run_dir / "lanes" / LANE / "eve.json"
-    moved = eve.with_name("moved-away")
+    moved, other = eve.with_name("moved-away"), eve.with_name("another")
     stat = eve.stat()
-    eve.rename(moved)
-    eve.touch()
-    eve.chmod(stat.st_mode & 0o777)
-    subprocess.run(["chown", f"{stat.st_uid}:{stat.st_gid}", str(eve)], check=True)
+    other.touch()
+    other.chmod(stat.st_mode & 0o777)
+    os.chown(other, stat.st_uid, stat.st_gid)
+    # At no moment is there none: its supervisor would have the engine open a new one.
+    moved.hardlink_to(eve)
+    other.replace(eve)
     try:
         check_lost(appliance, "eve")
     finally:
