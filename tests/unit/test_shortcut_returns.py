@@ -184,6 +184,9 @@ def build_rules(told: list[str], *, running: bool) -> RuleWork:
         def hold(self, lane: object) -> Canary:
             return self
 
+        def is_forwarding(self, lane: object) -> bool:
+            return True
+
         async def __aenter__(self) -> None:
             told.append("held")
 
