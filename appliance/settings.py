@@ -188,8 +188,8 @@ class RulesSettings(Document):
     @property
     def update_seconds(self) -> float | None:
         """How long after the sources were read they are read again; None: only when asked."""
-        asked_only = self.update_every_hours is None or not self.sources
-        return None if asked_only else (self.update_every_hours or 0) * 3600.0
+        hours = self.update_every_hours if self.sources else None
+        return None if hours is None else hours * 3600.0
 
     @field_validator("sources")
     @classmethod

@@ -15,7 +15,8 @@ from sqlite_utils import Database
 from appliance.alerts.configuration import Part, keep_configuration
 from appliance.alerts.eve import normalise_address
 from appliance.alerts.model import FlowRecord, Revision
-from appliance.alerts.rows import build_flow_row, insert_sql
+from appliance.alerts.rows import build_flow_row, insert_sql, parse_bookmark_row
+from appliance.alerts.tail import Bookmark
 from steering.model import Holding
 
 REPEAT_SECONDS = 3600.0
@@ -207,6 +208,12 @@ def load_cursor(db: Database, name: str) -> int:
     """The id of the last alert that exporter ``name`` delivered; 0 when it delivered none."""
     rows = find_rows(db, "SELECT last_id FROM export_cursors WHERE name = ?", (name,))
     return int(rows[0]["last_id"]) if rows else 0
+
+
+def load_bookmarks(db: Database, lane: str) -> tuple[list[dict[str, Any]], list[Bookmark]]:
+    """The rows of a lane's EVE files (or of the spool of flow records), and what they say. Raises Damaged."""
+    rows = find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (lane,))
+    return rows, list(map(parse_bookmark_row, rows))
 
 
 def record_cursor(db: Database, name: str, last_id: int, at: float) -> None:

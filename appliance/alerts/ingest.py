@@ -22,12 +22,12 @@ from sqlite_utils import Database
 from appliance.alerts.attribute import Context, Decide, leave_unattributed
 from appliance.alerts.attributor import Attribution, Attributor, shorten
 from appliance.alerts.canary import Arrival, find_arrival, record_arrival
-from appliance.alerts.history import find_rows, record_repeated
+from appliance.alerts.history import load_bookmarks, record_repeated
 from appliance.alerts.model import Malformed
 from appliance.alerts.partitions import AlertWrite
 from appliance.alerts.query import find_latest_alert_id
 from appliance.alerts.quick import Sighting, parse_line
-from appliance.alerts.rows import build_bookmark_row, insert_sql, parse_bookmark_row
+from appliance.alerts.rows import build_bookmark_row, insert_sql
 from appliance.alerts.store import Store, StoreError
 from appliance.alerts.tail import (
     Batch,
@@ -184,13 +184,10 @@ class Ingest:
             await asyncio.sleep(delay)
 
     async def _load(self, tail: _Tail) -> None:
-        def find(write: AlertWrite) -> tuple[list[dict[str, Any]], list[Bookmark]]:
-            name = (tail.lane.name,)
-            rows = find_rows(write.db, "SELECT * FROM bookmarks WHERE lane = ?", name)
-            return rows, list(map(parse_bookmark_row, rows))
-
         # By the writer, behind whatever a cancelled run before this one left in its queue.
-        rows, bookmarks = await self._store.write_alerts(find)
+        rows, bookmarks = await self._store.write_alerts(
+            lambda write: load_bookmarks(write.db, tail.lane.name)
+        )
         tail.bookmarks = index_bookmarks(bookmarks)
         tail.finished = {int(row["generation"]) for row in rows if row["finished_at"] is not None}
         tail.next_generation = 1 + max((int(row["generation"]) for row in rows), default=0)

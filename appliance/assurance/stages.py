@@ -9,7 +9,7 @@ goes through the EVE file into the store.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from appliance.inspection.canary_client import PartReport, ProbeReport
@@ -53,11 +53,15 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """``stage`` is None when everything was as it must be. ``guessed``: nothing told the stage."""
+    """``stage`` is None when everything was as it must be. ``guessed``: nothing told the stage.
+
+    ``shut_out``: the lane was down and no canary entered it, so that nothing was learned of its engine.
+    """
 
     stage: Stage | None = None
     detail: str = ""
     guessed: bool = False
+    shut_out: bool = False
 
     @property
     def passed(self) -> bool:
@@ -127,21 +131,23 @@ def _judge_service_host(
 def _judge_entry(name: str, around: Surroundings) -> Judgement:
     """It never reached the service host."""
     if not around.forwarding:
-        if around.rules_fault:
-            return Judgement(Stage.QUEUE_RULE, f"the lane is down: {around.rules_fault}")
-        if around.bridge_fault:
-            return Judgement(Stage.BRIDGE, f"the lane is down: {around.bridge_fault}")
-        if not around.engine_runs:
-            return Judgement(Stage.ENGINE, "the lane is down: its engine does not run")
-        if around.packets_wait:
-            return Judgement(
-                Stage.ENGINE, "the lane is down: packets wait and no engine takes them"
-            )
-        return Judgement(Stage.BRIDGE, "the lane is down: BFD does not pass through it", True)
+        return replace(_judge_down(around), shut_out=True)
     if around.entered_switch is False:
         return Judgement(Stage.SENDER, f"{name} was sent and the switch's port did not count it")
     where = "its tables did not steer it" if around.steered is False else "it reached no leg"
     return Judgement(Stage.FLOW_TABLE, f"{name} entered the switch, but {where}")
+
+
+def _judge_down(around: Surroundings) -> Judgement:
+    if around.rules_fault:
+        return Judgement(Stage.QUEUE_RULE, f"the lane is down: {around.rules_fault}")
+    if around.bridge_fault:
+        return Judgement(Stage.BRIDGE, f"the lane is down: {around.bridge_fault}")
+    if not around.engine_runs:
+        return Judgement(Stage.ENGINE, "the lane is down: its engine does not run")
+    if around.packets_wait:
+        return Judgement(Stage.ENGINE, "the lane is down: packets wait and no engine takes them")
+    return Judgement(Stage.BRIDGE, "the lane is down: BFD does not pass through it", True)
 
 
 def _judge_record(arrived: set[str], around: Surroundings) -> Judgement:

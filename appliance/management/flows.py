@@ -6,16 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import structlog
 from sqlite_utils import Database
 
-from appliance.alerts.history import find_rows, record_flows, record_repeated
+from appliance.alerts.history import load_bookmarks, record_flows, record_repeated
 from appliance.alerts.ingest import finish_file
 from appliance.alerts.model import Endpoint as StoredEndpoint
 from appliance.alerts.model import FlowRecord as StoredFlow
-from appliance.alerts.rows import build_bookmark_row, insert_sql, parse_bookmark_row
+from appliance.alerts.rows import build_bookmark_row, insert_sql
 from appliance.alerts.store import Store, StoreError
 from appliance.alerts.tail import (
     Batch,
@@ -132,11 +131,7 @@ class FlowIngest:
             await asyncio.sleep(0 if more else POLL_SECONDS)
 
     async def _load(self) -> None:
-        def find(db: Database) -> tuple[list[dict[str, Any]], list[Bookmark]]:
-            rows = find_rows(db, "SELECT * FROM bookmarks WHERE lane = ?", (SPOOL,))
-            return rows, list(map(parse_bookmark_row, rows))
-
-        rows, bookmarks = await self._store.read(find)
+        rows, bookmarks = await self._store.read(lambda db: load_bookmarks(db, SPOOL))
         # Also those that are finished: their files may still be there, if this was killed meanwhile.
         self._bookmarks = index_bookmarks(bookmarks)
         self._finished = {int(row["generation"]) for row in rows if row["finished_at"] is not None}

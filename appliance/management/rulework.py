@@ -184,7 +184,7 @@ class RuleWork:
             forwarding = forwarding or self._canary.is_forwarding(lane)
         if judgement.passed:
             return ReloadVerdict(True)
-        if not forwarding:
+        if judgement.shut_out and not forwarding:
             # It was down before, so these rules are not why; as it forwards again a canary tells whether it has them.
             return ReloadVerdict(True, f"not proved: {judgement.detail}")
         reason = f"its canary was lost at: {judgement.stage}; {judgement.detail}"

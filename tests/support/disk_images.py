@@ -195,20 +195,22 @@ def find_partition(disk: Path, label: str) -> Partition:
         return next(one for one in read_table(opened).partitions if one.name == label)
 
 
-@contextlib.contextmanager
-def flipped(path: Path, offset: int, mask: int = 0x01) -> Iterator[None]:
-    """One byte is another one for so long."""
+def flip_byte(path: Path, offset: int, mask: int = 0x01) -> None:
     with open(path, "r+b", buffering=0) as opened:
         opened.seek(offset)
         before = opened.read(1)
         opened.seek(offset)
         opened.write(bytes([before[0] ^ mask]))
+
+
+@contextlib.contextmanager
+def flipped(path: Path, offset: int, mask: int = 0x01) -> Iterator[None]:
+    """One byte is another one for so long."""
+    flip_byte(path, offset, mask)
     try:
         yield
     finally:
-        with open(path, "r+b", buffering=0) as opened:
-            opened.seek(offset)
-            opened.write(before)
+        flip_byte(path, offset, mask)
 
 
 def find_in(path: Path, needle: bytes) -> int:

@@ -134,7 +134,7 @@ class Canary:
         yield prove
 
 
-LOST = Judgement(Stage.BRIDGE, "the lane is down: BFD does not pass through it")
+LOST = Judgement(Stage.BRIDGE, "the lane is down: BFD does not pass through it", shut_out=True)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,8 @@ LOST = Judgement(Stage.BRIDGE, "the lane is down: BFD does not pass through it")
         (LOST, (False, True), False),
         (LOST, (False, False), True),
         (Judgement(Stage.RULESET, "other rules"), (False, True), False),
+        # The switch was lost, so that nothing was known of BFD; the canary took its way all the same.
+        (Judgement(Stage.RULESET, "other rules"), (False, False), False),
     ],
 )
 async def test_rules_are_not_refused_for_a_lane_that_was_down_before(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.disk_images import find_partition
+from tests.support.disk_images import find_partition, flip_byte
 from tests.support.qemu import Nic, Vm, VmSpec, run_vm
 from tests.support.vm_probe import build_probe, read_probe, write_file
 
@@ -163,14 +163,6 @@ def test_without_a_seed_it_tells_so_and_nothing_of_the_product_runs(inside: Insi
     assert inside["health"].startswith("503 ")
     assert '"status":"failing"' in inside["health"].replace(" ", "")
     assert inside["config"] == "faults.json"
-
-
-def flip_byte(disk: Path, place: int) -> None:
-    with disk.open("r+b") as stream:
-        stream.seek(place)
-        byte = stream.read(1)[0]
-        stream.seek(place)
-        stream.write(bytes([byte ^ 1]))
 
 
 def test_a_root_with_a_flipped_byte_is_not_used(

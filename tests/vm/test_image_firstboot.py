@@ -20,7 +20,7 @@ import pytest
 from appliance.api.documents import Health
 from appliance.cli import run_cli
 from steering.errors import HairpinError
-from tests.support.disk_images import find_partition
+from tests.support.disk_images import find_partition, flip_byte
 from tests.support.qemu import Vm, VmFault, VmSpec, run_vm, write_seed
 from tests.support.tls_switch import open_tls_switch
 from tests.support.vm_probe import build_probe, read_probe
@@ -33,7 +33,7 @@ from tests.support.vm_seed import (
     render_user_data,
     write_iso,
 )
-from tests.vm.test_image_boot import DISK_BYTES, Inside, flip_byte, parse_facts
+from tests.vm.test_image_boot import DISK_BYTES, Inside, parse_facts
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
