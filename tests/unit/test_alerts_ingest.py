@@ -151,7 +151,7 @@ async def test_what_the_engine_still_writes_to_a_renamed_file_is_stored_before_i
     store: Store, live: Path
 ) -> None:
     append(live, 1)
-    async with running(store, live, grace_seconds=0.3):
+    async with running(store, live, grace_seconds=1.0):
         await wait_for(store, 1)
         with live.open("ab", buffering=0) as engine:
             rotated = live.rename(live.parent / "eve.json.17")
